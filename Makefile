@@ -1,0 +1,80 @@
+# `make` alone lists the targets. Everything is installed into .venv; nothing else on the machine is touched.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+VENV_STAMP := $(VENV)/.stamp-venv
+RUN_STAMP := $(VENV)/.stamp-run
+DEV_STAMP := $(VENV)/.stamp-dev
+CODE := waver_core curation benchmarks tests
+
+# Folders reach the shell by the environment, so that names with spaces need no care.
+VIDEOS ?=
+OUT ?=
+export VIDEOS OUT
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help demo test check format bench clean setup setup-dev constraints
+
+help:  ## List the targets
+	@echo "make demo                  Render a collection, curate it, write the report (a few minutes)"
+	@echo "make demo VIDEOS=/folder   The same with your own videos"
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | grep -v '^demo:' | awk -F ':.*## ' '{printf "make %-21s %s\n", $$1, $$2}'
+
+demo: $(RUN_STAMP)  ## Curate a rendered collection, or VIDEOS=/folder, into OUT=/folder
+	@set -e; out="$$OUT"; \
+	if [ -z "$$VIDEOS" ]; then \
+	  out="$${out:-out/demo}"; VIDEOS="$$out/videos"; \
+	  $(PY) -m waver_core.synthetic --output "$$VIDEOS"; \
+	else \
+	  out="$${out:-out/run-$$(basename "$$VIDEOS")}"; \
+	fi; \
+	$(PY) curation/run_funnel.py --input "$$VIDEOS" --output "$$out"; \
+	echo "Report: $$out/report.html"
+
+test: $(DEV_STAMP)  ## Run the tests; ARGS="-k name" chooses among them
+	@$(PY) -m pytest $(ARGS)
+
+check: $(DEV_STAMP)  ## Lint, format, types, and who may import whom
+	$(PY) -m ruff check $(CODE)
+	$(PY) -m ruff format --check $(CODE)
+	$(PY) -m mypy
+	$(VENV)/bin/lint-imports
+
+format: $(DEV_STAMP)  ## Format the code and mend what the linter can
+	$(PY) -m ruff check --fix $(CODE)
+	$(PY) -m ruff format $(CODE)
+
+bench: $(DEV_STAMP)  ## List the benchmarks; each is a script with its own --help
+	@for script in benchmarks/*.py; do [ -e "$$script" ] && echo "$(PY) $$script" || echo "no benchmarks yet"; done
+
+setup: $(RUN_STAMP)  ## Install what running needs into .venv
+setup-dev: $(DEV_STAMP)  ## Install what running, tests and checks need into .venv
+
+clean:  ## Remove .venv, caches and builds; results in out/ stay
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find $(CODE) -type d -name __pycache__ -prune -exec rm -rf {} +
+
+constraints:  ## Resolve every dependency anew and write constraints.txt
+	@set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	$(PYTHON) -m venv "$$folder/venv"; \
+	"$$folder/venv/bin/pip" install ".[dev,s3,gs]"; \
+	{ grep '^#' constraints.txt; "$$folder/venv/bin/pip" freeze --exclude openwaver; } > "$$folder/constraints.txt"; \
+	cp "$$folder/constraints.txt" constraints.txt
+
+$(VENV_STAMP):
+	@command -v "$(PYTHON)" >/dev/null || { echo "error: no '$(PYTHON)' on this machine: install Python 3.11 or newer, or run make PYTHON=/path/to/python" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: '$(PYTHON)' is $$("$(PYTHON)" --version 2>&1), OpenWaver needs 3.11 or newer: run make PYTHON=python3.11" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo "error: '$(PYTHON)' lacks the venv module: install it (Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	@"$(PYTHON)" -m venv --clear $(VENV)
+	@touch $@
+
+$(RUN_STAMP): pyproject.toml constraints.txt | $(VENV_STAMP)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(DEV_STAMP): pyproject.toml constraints.txt | $(VENV_STAMP)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $(RUN_STAMP) $@

@@ -1,0 +1,1 @@
+"""From raw video to scored, balanced Parquet manifests (Waver §3)."""

@@ -1,0 +1,98 @@
+"""Ray Data under the passes: units of work as blocks of plain columns, a pool of actors per pass, summaries back.
+
+The only module of the plane besides the entry script that imports Ray. `run_serial` does the same in one process; tests
+and profiling use it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+
+from waver_core.config import Pass
+from waver_core.errors import RunFailed, UserError
+
+Row = dict[str, Any]
+Worker = Callable[[list[Row]], list[Row]]
+_ROOT = str(Path(__file__).resolve().parent.parent)
+
+
+class _Actor:
+    """What Ray Data builds in every worker process: a pass, called with the rows of one unit."""
+
+    def __init__(self, factory: Callable[..., Worker], args: tuple[Any, ...]) -> None:
+        if _ROOT not in sys.path:
+            sys.path.insert(0, _ROOT)
+        self._worker = factory(*args)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        return pa.Table.from_pylist(self._worker(batch.to_pylist()))
+
+
+def connect() -> None:
+    """Join the cluster that RAY_ADDRESS names (as `ray job submit` sets it), or start a local one."""
+    if ray.is_initialized():
+        return
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "ignore_reinit_error": True}
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH", "")])), "OMP_NUM_THREADS": "1"}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**options, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})
+        return
+    # A private cluster on this machine needs no token file in the user's home, and no dashboard.
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    ray.init(**options, include_dashboard=False, runtime_env={"env_vars": environment})
+
+
+def run_on_ray(factory: Callable[..., Worker], args: tuple[Any, ...], items: list[Row], resources: Pass) -> Iterator[Row]:
+    """Run a pass over items; yields summaries as units finish, in any order. Raises `RunFailed` when workers cannot run."""
+    if not items:
+        return
+    connect()
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    size = resources.sources_per_task
+    blocks = [pa.Table.from_pylist(items[i : i + size]) for i in range(0, len(items), size)]
+    cores = ray.cluster_resources().get("CPU", 1.0)
+    most = max(1, min(resources.max_actors, len(blocks)))
+    if resources.gpus == 0 and resources.cpus > cores:
+        raise UserError(f"a worker wants {resources.cpus:g} CPUs but the cluster has {cores:g}: lower funnel.passes.*.cpus")
+    start = min(most, max(resources.min_actors, int(cores // resources.cpus)))
+    options: dict[str, Any] = {"num_cpus": resources.cpus}
+    if resources.gpus:
+        options["num_gpus"] = resources.gpus
+    if resources.memory_gb:
+        options["memory"] = int(resources.memory_gb * 2**30)
+    dataset = ray.data.from_arrow(blocks).map_batches(
+        _Actor,
+        fn_constructor_args=(factory, args),
+        batch_size=size,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(min_size=start, max_size=most),
+        **options,
+    )
+    try:
+        yield from dataset.iter_rows()
+    except ray.exceptions.RayError as error:
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, UserError):
+            raise cause from error
+        first = str(error).strip().splitlines()[-1]
+        raise RunFailed(
+            f"the workers failed: {first} (Ray's logs: {ray._private.worker._global_node.get_logs_dir_path()})"
+        ) from error
+
+
+def run_serial(factory: Callable[..., Worker], args: tuple[Any, ...], items: list[Row], resources: Pass) -> Iterator[Row]:
+    """The same in this process, without Ray."""
+    if not items:
+        return
+    worker = factory(*args)
+    for start in range(0, len(items), resources.sources_per_task):
+        yield from worker(items[start : start + resources.sources_per_task])

@@ -1,0 +1,343 @@
+"""The funnel from input to report; the order of the steps is the order of this file.
+
+    list -> identify -> first pass (shots) -> dedup -> second pass (scores) -> tiers -> manifests -> ledger -> report
+Everything between the passes works on columns only. Every step can be killed and run again: see `curation.workfolder`.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from rich.console import Console
+
+from curation.gates import Tiers, first_failures, tier_gates
+from curation.ledger import build_ledger, print_bad_sources, print_ledger, print_tiers
+from curation.progress import Progress
+from curation.report import write_report
+from curation.scores_pass import ScoresPass, score_schema
+from curation.selection import add_reasons, count_tiers
+from curation.shots_pass import ShotsPass
+from curation.stage import StageSet, load_stages
+from curation.workfolder import WorkFolder
+from waver_core import __version__
+from waver_core.config import Config, Pass, digest_of
+from waver_core.errors import MediaError, RunFailed
+from waver_core.manifest import SOURCE_SCHEMA, write_table
+from waver_core.storage import exists, join, local_path, read_bytes, size_and_mtime, write_atomic
+from waver_core.telemetry import duration_text
+
+Row = dict[str, Any]
+Execute = Callable[..., Iterator[Row]]
+
+
+@dataclass(frozen=True)
+class FunnelResult:
+    """What a run leaves behind, for the entry script and for tests."""
+
+    output: str
+    clips: pa.Table
+    sources: list[Row]
+    ledger: dict[str, Any]
+    tier_rows: dict[str, int]
+    decoded_sources: int
+    """Sources that this run decoded; 0 when everything was done already."""
+
+
+class Identify:
+    """Worker of the first step: digest and size per file, an error as a row and not as an exception."""
+
+    def __init__(self, config: Config) -> None:
+        self._ingest = load_stages(config).named("ingest")
+
+    def __call__(self, files: list[Row]) -> list[Row]:
+        """Add source_id, bytes and stamp, or reason and error, to every file."""
+        out = []
+        for file in files:
+            empty: Row = {"source_id": None, "bytes": None, "stamp": None, "reason": None, "error": None}
+            try:
+                out.append({**file, **empty, **self._ingest.identify(file["uri"])})
+            except MediaError as error:
+                out.append({**file, **empty, "reason": error.reason, "error": str(error)})
+        return out
+
+
+def run_funnel(config: Config, input_uri: str, output: str, execute: Execute, console: Console) -> FunnelResult:
+    """Curate everything under `input_uri` into `output`. Raises `UserError` or `RunFailed` with one clear line."""
+    started, started_at = time.monotonic(), datetime.now(UTC)
+    stages = load_stages(config)
+    tiers = tier_gates(config, stages)
+    shots_key = stages.fingerprint("stream")
+    scores_key = digest_of([shots_key, stages.fingerprint("clip"), config.funnel.score_reference_frames_only])
+    work = WorkFolder(output, shots_key, scores_key, uuid.uuid4().hex[:12])
+    listed = stages.named("ingest").list_input(input_uri)
+    work.prepare()
+    write_atomic(join(output, "config.yaml"), config.resolved_yaml())
+
+    known, _ = work.read_sources()
+    sources = _identify(config, listed, known, execute, console)
+    done = {s["source_id"] for s in known}
+    todo = [s for s in sources if s["status"] == "new" and s["source_id"] not in done]
+    _run_pass("shots", ShotsPass, config, work, _largest_first(todo), config.funnel.passes.shots, execute, console)
+
+    finished, shot_seconds = work.read_sources()
+    sources = _with_results(sources, finished)
+    clips = _clips_of(sources, finished, work, stages)
+    clips = _resolve_tables(clips, stages, tiers)
+    pending = _pending_scores(clips, sources, work, stages, tiers)
+    _run_pass("scores", ScoresPass, config, work, pending, config.funnel.passes.scores, execute, console)
+
+    scores, score_seconds = work.read_scores(score_schema(stages))
+    clips = _join_scores(clips, scores, stages, tiers)
+    seconds = {k: shot_seconds.get(k, 0) + score_seconds.get(k, 0) for k in {*shot_seconds, *score_seconds}}
+    clips = add_reasons(clips, tiers, [s.name for s in stages.stages]).sort_by(
+        [("source_uri", "ascending"), ("start_frame", "ascending")]
+    )
+
+    facts = {"config_digest": config.digest, "shots": shots_key, "scores": scores_key, "openwaver": __version__}
+    tier_rows = stages.named("publish").write_manifests(output, clips, list(tiers), facts)
+    table = pa.Table.from_pylist([{n: s.get(n) for n in SOURCE_SCHEMA.names} for s in sources], schema=SOURCE_SCHEMA)
+    write_table(join(output, "sources.parquet"), table)
+    ledger = {**build_ledger(clips, sources, stages, seconds), "wall_s": time.monotonic() - started}
+    counts = count_tiers(clips, tiers)
+    run = {
+        "input": input_uri,
+        "output": output,
+        "profiles": config.profiles,
+        "config_digest": config.digest,
+        "version": __version__,
+        "started": started_at.isoformat(timespec="seconds"),
+        "wall_s": ledger["wall_s"],
+    }
+    summary = [
+        {
+            "name": t,
+            "from": config.tier_parents[t],
+            **vars(counts[t]),
+            "gates": [{"name": g.name, **g.gate.model_dump()} for g in gates],
+        }
+        for t, gates in tiers.items()
+    ]
+    write_atomic(join(output, "ledger.json"), json.dumps({**run, **ledger, "tiers": summary}, indent=2) + "\n")
+    write_report(
+        join(local_path(output), "report.html"),
+        clips=clips,
+        sources=table,
+        ledger=ledger,
+        tiers=summary,
+        run=run,
+        thumbnail=lambda clip_id: _read_if_there(work.thumbnail_uri(clip_id)),
+        max_gallery_clips=stages.named("publish").options.max_gallery_clips,
+    )
+    _write_clip_files(clips, stages, output, console)
+    print_ledger(ledger, console)
+    print_tiers(tiers, counts, console)
+    print_bad_sources(sources, console)
+    console.print(f"{_plural(len(sources), 'file')}, {_plural(len(clips), 'clip')} in {duration_text(ledger['wall_s'])}")
+    _refuse_empty(sources, clips, counts)
+    return FunnelResult(output, clips, sources, ledger, tier_rows, len(todo))
+
+
+def _identify(config: Config, listed: list[Row], known: list[Row], execute: Execute, console: Console) -> list[Row]:
+    """Source id of every listed file; unchanged files that were seen before are not read again."""
+    by_uri = {(s["uri"], s["bytes"], s["stamp"]): s["source_id"] for s in known}
+    fresh, out = [], []
+    for file in listed:
+        if file["kind"] == "other":
+            out.append({**file, "status": "ignored", "reason": "not_media", "error": "neither a video nor an image by its name"})
+            continue
+        try:
+            size, stamp = size_and_mtime(file["uri"])
+        except OSError:
+            size, stamp = -1, ""
+        source_id = by_uri.get((file["uri"], size, stamp))
+        if source_id:
+            out.append({**file, "source_id": source_id, "bytes": size, "stamp": stamp, "status": "new"})
+        else:
+            fresh.append({**file, "size_hint": size})
+    units = Pass(cpus=config.funnel.passes.shots.cpus, max_actors=config.funnel.passes.shots.max_actors, sources_per_task=16)
+    with Progress("identify", len(fresh), sum(max(0, f.pop("size_hint")) for f in fresh), console) as progress:
+        for row in execute(Identify, (config,), fresh, units):
+            out.append({**row, "status": "quarantined" if row["reason"] else "new"})
+            progress.advance(row["bytes"] or 0, failed=bool(row["reason"]))
+    out.sort(key=lambda s: s["uri"])
+    first_uri = {s["source_id"]: s["uri"] for s in known if any(o["uri"] == s["uri"] for o in out)} if len(known) < 10_000 else {}
+    for source in out:
+        if source["status"] == "new":
+            keeper = first_uri.setdefault(source["source_id"], source["uri"])
+            if keeper != source["uri"]:
+                source.update(status="duplicate", reason="exact_duplicate", error=f"the same bytes as {keeper}")
+    return out
+
+
+def _run_pass(
+    name: str,
+    factory: Any,
+    config: Config,
+    work: WorkFolder,
+    items: list[Row],
+    resources: Pass,
+    execute: Execute,
+    console: Console,
+) -> None:
+    """Run one pass; stops the run when too many of its items fail."""
+    budget = config.funnel.failure_budget
+    reasons: Counter[str] = Counter()
+    done = 0
+    with Progress(name, len(items), sum(i["bytes"] or 0 for i in items), console) as progress:
+        for summary in execute(factory, (config, work), items, resources):
+            done += 1
+            if summary["failed"]:
+                reasons[summary["reason"]] += 1
+            progress.advance(summary["bytes"], failed=summary["failed"])
+            failed = sum(reasons.values())
+            if done >= budget.min_items and failed > budget.max_share * done:
+                common = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common(3))
+                raise RunFailed(
+                    f"stopped: {failed} of {done} sources failed in the pass '{name}' ({common}), more than "
+                    f"funnel.failure_budget.max_share = {budget.max_share:g}. What is done is kept; run again to go on"
+                )
+
+
+def _largest_first(sources: list[Row]) -> list[Row]:
+    """Long files first, so that the last worker is not left with the longest."""
+    names = ("source_id", "uri", "kind", "dataset", "licence", "style", "bytes", "stamp")
+    return sorted(({n: s.get(n) for n in names} for s in sources), key=lambda s: (-(s["bytes"] or 0), s["uri"]))
+
+
+def _with_results(sources: list[Row], finished: list[Row]) -> list[Row]:
+    """The first pass's verdict on each source of this input, under the name it has now."""
+    by_id = {s["source_id"]: s for s in finished}
+    kept = ("uri", "dataset", "licence", "style")
+    return [
+        {**by_id[s["source_id"]], **{k: s.get(k) for k in kept}} if s["status"] == "new" and s["source_id"] in by_id else s
+        for s in sources
+    ]
+
+
+def _clips_of(sources: list[Row], finished: list[Row], work: WorkFolder, stages: StageSet) -> pa.Table:
+    """Clips of the sources of this input, sorted by id, with names and licences as the input gives them now."""
+    wanted = {s["source_id"]: s for s in sources if s["status"] == "ok"}
+    clips = work.read_clips([s["unit"] for s in finished if s["source_id"] in wanted], stages.schema)
+    clips = clips.filter(pc.is_in(clips["source_id"], pa.array(list(wanted), pa.string()))).sort_by("clip_id")
+    ids = pa.array(list(wanted), pa.string())
+    at = pc.index_in(clips["source_id"], ids)
+    for column, key in (("source_uri", "uri"), ("dataset", "dataset"), ("licence", "licence"), ("style", "style")):
+        values = pa.array([wanted[i][key] for i in wanted], pa.string())
+        index = clips.schema.get_field_index(column)
+        clips = clips.set_column(index, clips.schema.field(index), values.take(at.combine_chunks()))
+    return clips
+
+
+def _resolve_tables(clips: pa.Table, stages: StageSet, tiers: Tiers) -> pa.Table:
+    """Run the stages that look over all clips at once, on the rows that nothing has rejected so far."""
+    for position, stage in enumerate(stages.stages):
+        if "table" in stage.hooks:
+            eligible = ~_rejected_by(clips, tiers, position - 1)
+            for name, values in stage.resolve(clips, eligible).items():
+                index = clips.schema.get_field_index(name)
+                clips = clips.set_column(index, clips.schema.field(index), values)
+    return clips
+
+
+def _rejected_by(clips: pa.Table, tiers: Tiers, position: int) -> np.ndarray:
+    """Bool [N]: rows that every tier rejects by the columns of stages up to `position`."""
+    early = {tier: [g for g in gates if g.stage <= position] for tier, gates in tiers.items()}
+    return np.all([first >= 0 for first in first_failures(clips, early).values()], axis=0)
+
+
+def _first_clip_stage(stages: StageSet) -> int:
+    """Position of the first stage of the second pass."""
+    return next((i for i, s in enumerate(stages.stages) if "clip" in s.hooks), len(stages.stages))
+
+
+def _pending_scores(clips: pa.Table, sources: list[Row], work: WorkFolder, stages: StageSet, tiers: Tiers) -> list[Row]:
+    """Sources with clips that are still wanted and have no scores, or scores cut short by gates since loosened."""
+    scores, _ = work.read_scores(score_schema(stages))
+    joined = _join_scores(clips, scores, stages, tiers)
+    wanted = ~_rejected_by(clips, tiers, _first_clip_stage(stages) - 1)
+    scored = np.asarray(pc.is_in(clips["clip_id"], scores["clip_id"].combine_chunks()))
+    short = np.asarray(pc.is_valid(joined["skipped_from"])) & scored
+    if short.any():
+        position = {s.name: i for i, s in enumerate(stages.stages)}
+        for name in set(joined["skipped_from"].to_pylist()) - {None}:
+            here = np.asarray(pc.fill_null(pc.equal(joined["skipped_from"], name), False))
+            short &= ~(here & _rejected_by(joined, tiers, position[name] - 1))
+    need = wanted & (~scored | short)
+    by_source: dict[str, list[str]] = {}
+    for source_id, clip_id in zip(
+        clips["source_id"].filter(pa.array(need)).to_pylist(), clips["clip_id"].filter(pa.array(need)).to_pylist(), strict=True
+    ):
+        by_source.setdefault(source_id, []).append(clip_id)
+    names = ("source_id", "uri", "kind", "unit", "bytes", "anchor_gap_s")
+    items = [
+        {**{n: s.get(n) for n in names}, "clip_ids": by_source[s["source_id"]]}
+        for s in sources
+        if s.get("source_id") in by_source and s["status"] == "ok"
+    ]
+    return sorted(items, key=lambda s: (-(s["bytes"] or 0), s["uri"]))
+
+
+def _join_scores(clips: pa.Table, scores: pa.Table, stages: StageSet, tiers: Tiers) -> pa.Table:
+    """Score columns by clip_id. Clips without scores keep nulls; a clip scored twice takes its fullest row."""
+    full_first = scores.take(pc.sort_indices(pa.table({"short": pc.is_valid(scores["skipped_from"])}), [("short", "ascending")]))
+    at = pc.index_in(clips["clip_id"], full_first["clip_id"].combine_chunks()).combine_chunks()
+    for name in scores.column_names:
+        if name != "clip_id":
+            index = clips.schema.get_field_index(name)
+            clips = clips.set_column(index, clips.schema.field(index), full_first[name].take(at))
+    # What never entered the second pass was cut short before its first stage.
+    first = _first_clip_stage(stages)
+    if first < len(stages.stages):
+        never = np.asarray(pc.is_null(at)) & _rejected_by(clips, tiers, first - 1)
+        index = clips.schema.get_field_index("skipped_from")
+        filled = pc.if_else(pa.array(never), stages.stages[first].name, clips["skipped_from"])
+        clips = clips.set_column(index, clips.schema.field(index), filled)
+    return clips
+
+
+def _write_clip_files(clips: pa.Table, stages: StageSet, output: str, console: Console) -> None:
+    """Write the clips of one tier as MP4 files, if the configuration wants them."""
+    publish = stages.named("publish")
+    if publish.options.clip_files == "none":
+        return
+    column = f"reason_{publish.options.clip_tier}"
+    kept = clips.filter(pc.and_(pc.is_null(clips[column]), pc.equal(clips["kind"], "video"))).to_pylist()
+    ways: Counter[str] = Counter()
+    for clip in kept:
+        uri = join(output, "files", f"{clip['clip_id']}.mp4")
+        ways["already there" if exists(uri) else publish.write_clip_file(clip, uri)] += 1
+    console.print(f"clip files: {', '.join(f'{n} {way}' for way, n in ways.items())} in {join(output, 'files')}")
+
+
+def _refuse_empty(sources: list[Row], clips: pa.Table, counts: dict[str, Any]) -> None:
+    """A run in which nothing survived is no success; say what did it."""
+    media = [s for s in sources if s["status"] != "ignored"]
+    if not any(s["status"] == "ok" for s in media):
+        common = Counter(s["reason"] for s in media or sources).most_common(3)
+        raise RunFailed(f"no source could be used: {', '.join(f'{n} {r}' for r, n in common)}")
+    if not clips.num_rows:
+        raise RunFailed("no clips were found in any source")
+    if not any(c.clips for c in counts.values()):
+        common = Counter(clips["reject_reason"].to_pylist()).most_common(3)
+        raise RunFailed(f"nothing survived: of {len(clips)} clips, {', '.join(f'{n} fell to {r}' for r, n in common)}")
+
+
+def _read_if_there(uri: str) -> bytes | None:
+    try:
+        return read_bytes(uri)
+    except FileNotFoundError:
+        return None
+
+
+def _plural(n: int, word: str) -> str:
+    return f"{n:,} {word}{'' if n == 1 else 's'}"

@@ -1,0 +1,9 @@
+"""The funnel's last word: one self-contained ``report.html``, opened from disk without a network.
+
+``charts`` counts the score columns, ``gallery`` picks the clips to show, ``summary`` puts the totals into words and
+rows, and ``render`` fills the template and writes the file. Nothing here imports Ray or decodes video.
+"""
+
+from curation.report.render import write_report
+
+__all__ = ["write_report"]

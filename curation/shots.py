@@ -1,0 +1,276 @@
+"""Where shots begin and end: hard cuts to the exact frame, dissolves and fades with both ends (Waver §3.1).
+
+Pure numpy on per-frame signals, so it is tested without a video. PySceneDetect proposes hard cuts and is confirmed by the
+similarity of frame descriptors, which also finds the cuts it misses. Gradual transitions are found by what they are: for
+some stretch every frame is a mixture of the frames at its two ends, and the share of the second grows steadily. A pan or
+a zoom fails that test, since its middle frames hold what neither end does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Transition(NamedTuple):
+    """Frames [start, end) belong to no shot (none for a cut). Kinds: cut, dissolve, fade, blank and gap (damaged frames)."""
+
+    kind: str
+    start: int
+    end: int
+
+
+class Shot(NamedTuple):
+    """Frames [start, end) of one camera take, and the kinds of transition on both sides ('edge' at the file's ends)."""
+
+    start: int
+    end: int
+    transition_in: str
+    transition_out: str
+
+
+@dataclass(frozen=True)
+class ShotRules:
+    """Thresholds. Similarities are cosines of neighbouring frame descriptors."""
+
+    cut_similarity: float = 0.6
+    """Below this a lone drop is a cut whether PySceneDetect saw it or not."""
+    confirm_similarity: float = 0.83
+    """A cut of PySceneDetect stands only if the similarity next to it falls below this."""
+    contrast: float = 3.0
+    """How many times larger than its neighbours' a drop must be."""
+    min_blend_rms: float = 10.0
+    """Luma RMS between the two ends of a gradual transition, of 255."""
+    max_residual: float = 0.12
+    """Share of the change that a mixture of the two ends leaves unexplained."""
+    max_blend_s: float = 2.6
+    min_blend_s: float = 0.3
+    min_coverage: float = 0.6
+    """Share of the picture's cells that must take part in a dissolve."""
+    max_ramp_error: float = 0.3
+    """Median over those cells of the largest distance from a straight ramp."""
+    flat_std: float = 4.0
+    """A frame whose luma thumbnail deviates less is blank (black, white, one colour)."""
+
+
+def hard_cuts(similarity: np.ndarray, proposed: list[int], rules: ShotRules) -> list[int]:
+    """First frames of new shots. similarity[t] is the cosine of frames t-1 and t ([T], similarity[0] = 1)."""
+    drop = 1.0 - similarity
+    n = len(drop)
+    cuts: set[int] = set()
+    for t in range(1, n):
+        around = np.concatenate([drop[max(1, t - 6) : t], drop[t + 1 : t + 7]])
+        lone = drop[t] >= rules.contrast * (np.median(around) + 0.02) and drop[t] == drop[max(1, t - 2) : t + 3].max()
+        if similarity[t] < rules.cut_similarity and lone:
+            cuts.add(t)
+    for frame in proposed:
+        low, high = max(1, frame - 2), min(n, frame + 3)
+        if low < high:
+            best = low + int(np.argmin(similarity[low:high]))
+            if similarity[best] < rules.confirm_similarity:
+                cuts.add(best)
+    return _apart(sorted(cuts), drop, min_frames=3)
+
+
+def _apart(cuts: list[int], drop: np.ndarray, min_frames: int) -> list[int]:
+    """Of cuts closer than `min_frames` (a flash, an interlaced pair) keep the stronger."""
+    kept: list[int] = []
+    for cut in cuts:
+        if kept and cut - kept[-1] < min_frames:
+            if drop[cut] > drop[kept[-1]]:
+                kept[-1] = cut
+        else:
+            kept.append(cut)
+    return kept
+
+
+def gradual_transitions(luma: np.ndarray, cuts: list[int], fps: float, rules: ShotRules) -> list[Transition]:
+    """Fades and dissolves in luma thumbnails [T, h, w] (uint8).
+
+    `cuts` are sure hard cuts: dissolves that cross one are not looked for. Fades are, for a short fade into black looks
+    like a cut to a colour descriptor.
+    """
+    x = luma.reshape(len(luma), -1).astype(np.float32)
+    fades = _fades(x, rules)
+    bounds = sorted({0, len(x), *cuts, *(edge for f in fades for edge in (f.start, f.end))})
+    candidates: list[tuple[float, int, int]] = []
+    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        if not any(f.start <= start < f.end for f in fades):
+            for length in _window_lengths(fps, rules.max_blend_s):
+                candidates.extend(_blend_windows(x, start, end, length, rules))
+    candidates.sort(reverse=True)
+    taken = list(fades)
+    for _, start, end in candidates:
+        if any(start < t.end + 2 and t.start < end + 2 for t in taken):
+            continue
+        fitted = _fit_ends(x, start, end, bounds)
+        if fitted is None or any(fitted.start < t.end and t.start < fitted.end for t in taken):
+            continue
+        if _is_dissolve(luma, fitted, fps, rules):
+            taken.append(fitted)
+    return sorted(taken, key=lambda t: t.start)
+
+
+def _fades(x: np.ndarray, rules: ShotRules) -> list[Transition]:
+    """Stretches of one flat colour with the ramps that lead in and out; the whole belongs to no shot.
+
+    From a flat frame outwards the picture must keep its structure while its contrast grows, frame by frame. Without a
+    ramp on either side (a cut to black) only the flat frames themselves are left out.
+    """
+    flat = x.std(axis=1) < rules.flat_std
+    found: list[Transition] = []
+    t = 0
+    while t < len(x):
+        if not flat[t]:
+            t += 1
+            continue
+        end = t
+        while end < len(x) and flat[end]:
+            end += 1
+        start_ramp = _ramp(x, t - 1, -1, x[t], found[-1].end if found else 0)
+        end_ramp = _ramp(x, end, 1, x[end - 1], len(x) - 1)
+        found.append(Transition("fade" if start_ramp < t - 1 or end_ramp > end else "blank", start_ramp, end_ramp))
+        t = max(end, end_ramp)
+    return found
+
+
+def _ramp(x: np.ndarray, first: int, step: int, blank: np.ndarray, limit: int) -> int:
+    """Walk from a flat frame's neighbour outwards while contrast grows; the first frame beyond the ramp (or its start)."""
+    t, misses, best, reach = first, 0, 0.0, first
+    colour = float(blank.mean())
+    while (t > limit if step < 0 else t < limit) and misses < 3:
+        here, beyond = x[t] - colour, x[t + step] - colour
+        size_here, size_beyond = float(np.linalg.norm(here)), float(np.linalg.norm(beyond))
+        alike = float(here @ beyond) / max(size_here * size_beyond, 1e-6)
+        if alike < 0.8 and t != first:
+            break
+        if size_beyond > max(best, size_here) * 1.012:
+            best, misses, reach = size_beyond, 0, t + step
+        else:
+            misses += 1
+        t += step
+    length = abs(reach - first)
+    if length < 2:
+        return first + 1 if step < 0 else first
+    return reach + 1 if step < 0 else reach
+
+
+def _window_lengths(fps: float, max_s: float) -> list[int]:
+    lengths, length = [], 5.0
+    while length <= max_s * fps:
+        lengths.append(round(length))
+        length *= 1.35
+    return sorted(set(lengths))
+
+
+def _blend_windows(x: np.ndarray, start: int, end: int, length: int, rules: ShotRules) -> list[tuple[float, int, int]]:
+    """Windows of one length whose inner frames are steady mixtures of the end frames, as (score, first, last)."""
+    if end - start <= length:
+        return []
+    firsts = np.arange(start, end - length, max(1, length // 8))
+    a, b = x[firsts], x[firsts + length]
+    change = b - a
+    energy = np.einsum("td,td->t", change, change)
+    rms = np.sqrt(energy / x.shape[1])
+    ok = rms > rules.min_blend_rms
+    if not ok.any():
+        return []
+    firsts, a, b, change, energy, rms = (v[ok] for v in (firsts, a, b, change, energy, rms))
+    shares, residuals = [], []
+    for part in (0.2, 0.35, 0.5, 0.65, 0.8):
+        inner = x[firsts + round(part * length)] - a
+        share = np.einsum("td,td->t", inner, change) / energy
+        rest = inner - share[:, None] * change
+        shares.append(share - round(part * length) / length)
+        residuals.append(np.einsum("td,td->t", rest, rest) / energy)
+    # The largest residual a mixture may leave is at the middle, 1/4 of the energy for unrelated inner frames.
+    residual = np.max(residuals, axis=0)
+    skew = np.max(np.abs(shares), axis=0)
+    good = (residual < rules.max_residual) & (skew < 0.2) & _different_pictures(a, b)
+    score = rms * (1 - residual / rules.max_residual * 0.7) * (1 - skew)
+    return [(float(s), int(f), int(f) + length) for s, f in zip(score[good], firsts[good], strict=True)]
+
+
+def _different_pictures(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """True where two pictures are not one scene under other light: their structures differ, or one of them has none."""
+    ca, cb = a - a.mean(axis=1, keepdims=True), b - b.mean(axis=1, keepdims=True)
+    na, nb = np.linalg.norm(ca, axis=1), np.linalg.norm(cb, axis=1)
+    correlation = np.einsum("td,td->t", ca, cb) / np.maximum(na * nb, 1e-6)
+    flat = np.minimum(na, nb) < 0.12 * np.maximum(na, nb)
+    return (correlation < 0.75) | flat
+
+
+def _fit_ends(x: np.ndarray, first: int, last: int, bounds: list[int]) -> Transition | None:
+    """Exact ends of a transition near [first, last]: a line through the middle of the mixture's share, carried to 0 and 1."""
+    low = max(b for b in bounds if b <= first)
+    high = min(b for b in bounds if b > last)
+    length = last - first
+    a_at, b_at = first, last
+    for _ in range(4):  # anchors inside the blend shorten it: move them out and fit again
+        a, b = x[a_at], x[b_at]
+        change = b - a
+        span = np.arange(max(low, first - length), min(high, last + length + 1))
+        share = (x[span] - a) @ change / max(float(change @ change), 1e-6)
+        inner = (share > 0.15) & (share < 0.85) & (span > a_at) & (span < b_at)
+        if inner.sum() < 2:
+            return None
+        slope, offset = np.polyfit(span[inner], share[inner], 1)
+        if slope <= 0:
+            return None
+        start, end = -offset / slope, (1 - offset) / slope
+        margin = max(1, round(0.12 * (end - start)))
+        a_new = int(np.clip(np.floor(start) - margin, low, first))
+        b_new = int(np.clip(np.ceil(end) + margin, last, high - 1))
+        if (a_new, b_new) == (a_at, b_at):
+            break
+        a_at, b_at = a_new, b_new
+    begin, finish = int(np.floor(start)) + 1, int(np.ceil(end))
+    begin, finish = max(low, begin), min(high, finish)
+    if finish - begin < 2:
+        return None
+    contrast = sorted((float(x[max(low, begin - 1)].std()), float(x[min(high - 1, finish)].std())))
+    return Transition("fade" if contrast[0] < 0.3 * contrast[1] else "dissolve", begin, finish)
+
+
+def _is_dissolve(luma: np.ndarray, found: Transition, fps: float, rules: ShotRules) -> bool:
+    """A dissolve changes the whole picture at one pace, then stops: what a passing car or a pan does not do.
+
+    Judged on an 8x6 grid of cells: most of those that change must rise from 0 to 1 along the same ramp, and outside the
+    transition the picture must be at rest compared with the change inside.
+    """
+    if found.end - found.start < max(3, rules.min_blend_s * fps):
+        return False
+    n, height, width = luma.shape
+    before, after = max(0, found.start - 1), min(n - 1, found.end)
+    inner = luma[before : after + 1].astype(np.float32)
+    level = np.median(inner, axis=(1, 2), keepdims=True)
+    inner -= np.clip(level - level[0], -40, 40)  # a small change of exposure is no change of picture
+    cells = inner[:, : height // 6 * 6, : width // 8 * 8].reshape(len(inner), 6, height // 6, 8, width // 8)
+    cells = cells.transpose(0, 1, 3, 2, 4).reshape(len(inner), 48, -1)
+    change = cells[-1] - cells[0]
+    energy = np.einsum("cp,cp->c", change, change)
+    lively = cells.std(axis=(0, 2)) > 1.0  # letterbox bars never change and have no vote
+    strong = energy > 0.25 * energy[lively].mean() if lively.any() else energy > 0
+    if strong.sum() < rules.min_coverage * max(1, int(lively.sum())):
+        return False
+    share = np.einsum("tcp,cp->tc", cells[:, strong] - cells[0, strong], change[strong]) / energy[strong]
+    ramp = np.linspace(0, 1, len(inner))[:, None]
+    return float(np.median(np.abs(share - ramp).max(axis=0))) < rules.max_ramp_error
+
+
+def split_shots(n_frames: int, cuts: list[int], gradual: list[Transition], gaps: list[tuple[int, int]]) -> list[Shot]:
+    """Shots between transitions; cuts inside a gradual one vanish in it, damaged stretches (`gaps`) belong to no shot."""
+    borders = [*gradual, *(Transition("gap", a, b) for a, b in gaps)]
+    borders += [Transition("cut", c, c) for c in cuts if not any(t.start - 1 <= c <= t.end + 1 for t in borders)]
+    borders.sort(key=lambda t: (t.start, t.end))
+    shots, start, kind_in = [], 0, "edge"
+    for border in borders:
+        if border.start > start:
+            shots.append(Shot(start, border.start, kind_in, border.kind))
+        if border.end >= start:
+            start, kind_in = max(start, border.end), border.kind
+    if start < n_frames:
+        shots.append(Shot(start, n_frames, kind_in, "edge"))
+    return shots

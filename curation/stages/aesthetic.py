@@ -1,0 +1,70 @@
+"""Aesthetic (Waver §3.1, static visual quality): a score per frame and its mean, by photographic features when embedded."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, ClassVar
+
+import pyarrow as pa
+from pydantic import Field
+
+from curation import stage
+from curation.stage import ClipMedia, FrameRequest, Row
+from waver_core.backends.contracts import AestheticScorer
+from waver_core.config import Strict
+from waver_core.manifest import Column
+from waver_core.registry import backend_class, create
+
+_PARTS = {
+    "exposure": "how well exposed (mid-tones, nothing clipped)",
+    "contrast": "spread between dark and light",
+    "colourfulness": "how colourful",
+    "sharpness": "how sharp the sharpest parts are",
+    "noise": "freedom from noise",
+    "composition": "whether detail gathers in the middle ground",
+}
+
+
+class Options(Strict):
+    """Which scorer, on how many frames."""
+
+    backend: str = "photographic"
+    backend_options: dict[str, Any] = {}
+    frames: int = Field(4, ge=1)
+    short_side_px: int = Field(360, ge=64)
+
+
+class Stage(stage.Stage):
+    """Scores a few frames of each clip."""
+
+    name = "aesthetic"
+    Options = Options
+    hooks: ClassVar[tuple[str, ...]] = ("clip",)
+    columns = (
+        Column("aesthetic_score", pa.float64(), "mean over frames, on the scale 1 to 10", score=True),
+        Column("aesthetic_frames", pa.list_(pa.float32()), "score of every sampled frame"),
+        *(
+            Column(f"aesthetic_{n}", pa.float64(), f"{d}, 0 to 1 (photographic backend only)", score=True)
+            for n, d in _PARTS.items()
+        ),
+    )
+
+    @cached_property
+    def _scorer(self) -> AestheticScorer:
+        scorer: AestheticScorer = create("aesthetic_scorer", self.options.backend, **self.options.backend_options)
+        return scorer
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Options and the scorer's version."""
+        cls = backend_class("aesthetic_scorer", self.options.backend)
+        return {**super().fingerprint(), "backend": getattr(cls, "fingerprint", self.options.backend)}
+
+    def requests(self) -> tuple[FrameRequest, ...]:
+        """A few frames, large enough to judge sharpness."""
+        return (FrameRequest(self.options.short_side_px, count=self.options.frames),)
+
+    def score(self, media: ClipMedia) -> Row:
+        """Score per frame, pooled by the mean."""
+        found = self._scorer.score(media.frames[self.requests()[0]].rgb)
+        row: Row = {"aesthetic_score": float(found.score.mean()), "aesthetic_frames": [float(s) for s in found.score]}
+        return {**row, **{f"aesthetic_{name}": float(v.mean()) for name, v in found.parts.items() if name in _PARTS}}

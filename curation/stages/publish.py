@@ -1,0 +1,109 @@
+"""Publish (Waver §3.5): the clip table, one manifest per tier, and clip files if they are wanted."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, ClassVar, Literal
+
+import av
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field
+
+from curation import stage
+from waver_core import storage
+from waver_core.config import Strict
+from waver_core.manifest import Column, publish
+from waver_core.video import decode, open_video, write_mp4
+
+
+class Options(Strict):
+    """What is written at the end."""
+
+    rows_per_shard: int = Field(1_000_000, ge=1)
+    clip_files: Literal["none", "copy", "encode"] = "none"
+    """Write the clips of `clip_tier` as files: `copy` stream-copies where a clip begins on a key frame, else re-encodes."""
+    clip_tier: str = "192p"
+    clip_crf: int = Field(16, ge=0, le=51)
+    max_gallery_clips: int = Field(400, ge=0)
+
+
+class Stage(stage.Stage):
+    """Writes what the run leaves behind."""
+
+    name = "publish"
+    Options = Options
+    hooks: ClassVar[tuple[str, ...]] = ("publish",)
+    columns = (
+        Column("thumbnail_frames", pa.int32(), "frames in the clip's filmstrip; 0 where there is none"),
+        Column("skipped_from", pa.string(), "stage from which on this clip was not scored, as every tier had rejected it"),
+    )
+
+    def write_manifests(self, output: str, clips: pa.Table, tiers: list[str], facts: dict[str, Any]) -> dict[str, int]:
+        """Write `<output>/clips` with every clip and `<output>/tiers/<tier>` with the clips each keeps; rows per tier."""
+        rows = self.options.rows_per_shard
+        publish(storage.join(output, "clips"), clips, rows_per_shard=rows, facts=facts)
+        counts = {}
+        reasons = [f"reason_{t}" for t in tiers] + ["reject_reason", "reject_stage", "skipped_from", "dedup_hashes"]
+        for tier in tiers:
+            kept = clips.filter(pc.is_null(clips[f"reason_{tier}"]))
+            kept = kept.drop_columns([c for c in reasons if c in kept.column_names])
+            publish(storage.join(output, "tiers", tier), kept, rows_per_shard=rows, facts={**facts, "tier": tier})
+            counts[tier] = len(kept)
+        return counts
+
+    def write_clip_file(self, clip: dict[str, Any], uri: str) -> str:
+        """Write one clip as MP4; returns `copied` or `encoded`. Raises `MediaError` when its source cannot be read.
+
+        A stream copy starts on a key frame or not at all: where the clip's first frame is none, it is re-encoded.
+        """
+        temporary = f"{storage.local_path(uri)}.part.mp4"
+        try:
+            if self.options.clip_files == "copy" and _stream_copy(clip, temporary):
+                how = "copied"
+            else:
+                frames = decode(clip["source_uri"], start_s=clip["start_s"], end_s=clip["end_s"])
+                write_mp4(temporary, iter(frames), fps=clip["fps"], crf=self.options.clip_crf)
+                how = "encoded"
+            with storage.open_file(temporary) as handle:
+                storage.write_atomic(uri, handle.read())
+            return how
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                storage.remove(temporary)
+
+
+def _stream_copy(clip: dict[str, Any], path: str) -> bool:
+    """Copy the video packets of a clip; False where that would not give exactly its frames (then the file is no use).
+
+    Exact means: the clip begins on a key frame, ends before one or at the end of the stream, and the packets between hold
+    as many frames as the clip (an open group of pictures does not).
+    """
+    with open_video(clip["source_uri"]) as video:
+        half_frame_s = 0.5 / (video.info.fps or 25.0)
+        if clip["technical_rotation_deg"] or not any(abs(t - clip["start_s"]) < half_frame_s for t in video.key_frame_times()):
+            return False
+        video.skip_to(clip["start_s"] + half_frame_s)
+        copied, offset = 0, None
+        with av.open(path, "w", format="mp4", options={"movflags": "+faststart"}) as out:
+            try:
+                stream = out.add_stream_from_template(video.stream)
+            except (ValueError, av.FFmpegError):  # a codec that MP4 does not hold
+                return False
+            for packet in video.container.demux(video.stream):
+                if packet.pts is None or packet.dts is None:
+                    continue
+                time_s = float(packet.pts * packet.time_base) - video.info.start_s
+                if time_s >= clip["end_s"] - half_frame_s:
+                    if packet.is_keyframe:
+                        break
+                    return False
+                if time_s < clip["start_s"] - half_frame_s:
+                    if offset is None:
+                        continue
+                    return False
+                offset = packet.dts if offset is None else offset
+                packet.pts, packet.dts, packet.stream = packet.pts - offset, packet.dts - offset, stream
+                out.mux(packet)
+                copied += 1
+    return copied == clip["end_frame"] - clip["start_frame"]

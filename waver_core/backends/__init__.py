@@ -1,0 +1,1 @@
+"""Implementations of the capabilities in `contracts`: `embedded` needs no weights, `pretrained` loads real models."""

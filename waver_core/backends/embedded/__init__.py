@@ -1,0 +1,1 @@
+"""Real algorithms that need no weights, no GPU and no network: the default profile."""

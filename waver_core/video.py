@@ -1,0 +1,304 @@
+"""Probe, decode and write video with PyAV. Times are seconds from the stream's start, sizes are upright square pixels.
+
+Every reader of pixels in OpenWaver comes through `open_video`, so that rotation, pixel aspect, delayed starts, variable
+frame rates and damaged packets are handled in one place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import av
+import av.logging
+import cv2
+import numpy as np
+from av.sidedata.sidedata import Type as SideDataType
+
+from waver_core.errors import MediaError
+from waver_core.storage import is_local, local_path, open_file
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+VIDEO_SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp", ".ogv")
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What container and codec say of the first video stream, before any frame is decoded (rotation excepted)."""
+
+    codec: str
+    container: str
+    pixel_format: str
+    width_px: int
+    height_px: int
+    pixel_aspect: float
+    fps: float
+    duration_s: float | None
+    bitrate_bps: int | None
+    has_audio: bool
+    n_video_streams: int
+    start_s: float
+    """Time of the stream's first frame on the container's own clock; above zero for a delayed start."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is refused before a frame of it is decoded, so that one absurd file cannot take a worker down."""
+
+    max_frame_px: int = 8192 * 8192
+    max_duration_s: float = 6 * 3600.0
+
+
+class Frame(NamedTuple):
+    """One decoded frame: presentation time, the picture as libav holds it, and whether its references were damaged."""
+
+    time_s: float
+    picture: av.VideoFrame
+    damaged: bool
+
+
+@dataclass
+class OpenVideo:
+    """A video being read forwards. Packets that do not decode are counted, never hidden."""
+
+    info: VideoInfo
+    container: Any
+    stream: Any
+    n_bad_packets: int = 0
+    bytes_read: int = 0
+    """Size of the video packets so far, from which the true bitrate follows."""
+    last_error: str = ""
+
+    def frames(self) -> Iterator[Frame]:
+        """Yield frames in presentation order, the stream's start at 0.0 s.
+
+        A packet that does not decode is counted and skipped, as players do; the frames up to the next key frame are
+        marked `damaged`, for their references are gone. A container that breaks off ends the iteration.
+        """
+        packets = self.container.demux(self.stream)
+        damaged, index = False, 0
+        while True:
+            try:
+                packet = next(packets, None)
+                decoded = [] if packet is None else packet.decode()
+            except (av.FFmpegError, OSError) as error:
+                if isinstance(error, av.EOFError):
+                    return
+                self.n_bad_packets += 1
+                self.last_error = f"{type(error).__name__}: {error}"
+                damaged = True
+                if packet is None or self.n_bad_packets > 1000:
+                    return
+                continue
+            if packet is None:
+                return
+            self.bytes_read += packet.size
+            for picture in decoded:
+                if picture.key_frame and not picture.is_corrupt:
+                    damaged = False
+                time_s = picture.time if picture.time is not None else self.info.start_s + index / (self.info.fps or 25.0)
+                yield Frame(float(time_s - self.info.start_s), picture, damaged or picture.is_corrupt)
+                index += 1
+
+    def skip_to(self, time_s: float) -> None:
+        """Move to the last key frame at or before `time_s`; stays where it is when the container cannot seek."""
+        with contextlib.suppress(av.FFmpegError):
+            offset = int((time_s + self.info.start_s) / self.stream.time_base)
+            self.container.seek(offset, stream=self.stream, backward=True)
+
+    def key_frame_times(self) -> list[float]:
+        """Times of the key frames that the container's index lists; empty where it has no index."""
+        entries = self.stream.index_entries or []
+        return [float(e.timestamp * self.stream.time_base) - self.info.start_s for e in entries if e.is_keyframe]
+
+
+@contextlib.contextmanager
+def open_video(
+    uri: str, *, threads: int = 1, fast: bool = False, skip_nonref: bool = False, limits: Limits | None = None
+) -> Iterator[OpenVideo]:
+    """Open the first video stream of a file or URL.
+
+    fast: leave out the in-loop deblocking filter (about a quarter of H.264 decoding); good enough for pictures that are
+    shrunk more than fourfold, not for scores of sharpness. skip_nonref: decode reference frames only.
+    Raises `MediaError` with reason unreadable, not_media, no_video_stream, too_large or too_long.
+    """
+    av.logging.set_level(av.logging.PANIC)  # libav's own messages name no file; ours do
+    handle = None
+    try:
+        handle = None if is_local(uri) else open_file(uri)
+        # A playlist dressed up as a video must not make libav open other files or addresses.
+        options = {"protocol_whitelist": "file"}
+        container = av.open(local_path(uri) if handle is None else handle, mode="r", options=options)
+    except (av.FFmpegError, OSError, ValueError) as error:
+        if handle is not None:
+            handle.close()
+        reason = "unreadable" if isinstance(error, PermissionError | FileNotFoundError | IsADirectoryError) else "not_media"
+        raise MediaError(reason, f"cannot be opened as a video: {error}") from error
+    try:
+        if not container.streams.video:
+            kinds = ", ".join(sorted({s.type for s in container.streams})) or "nothing"
+            raise MediaError("no_video_stream", f"has no video stream, only {kinds}")
+        stream = container.streams.video[0]
+        info = _info(container, stream)
+        _check_limits(info, limits or Limits())
+        context = stream.codec_context
+        context.thread_count = threads
+        context.thread_type = "AUTO"
+        context.options = {
+            **({"skip_loop_filter": "all"} if fast else {}),
+            **({"skip_frame": "noref"} if skip_nonref else {}),
+        }
+        yield OpenVideo(info, container, stream)
+    finally:
+        container.close()
+        if handle is not None:
+            handle.close()
+
+
+def probe(uri: str, limits: Limits | None = None) -> VideoInfo:
+    """Read the headers of a video; raises `MediaError` as `open_video` does."""
+    with open_video(uri, limits=limits) as video:
+        return video.info
+
+
+def _info(container: Any, stream: Any) -> VideoInfo:
+    context = stream.codec_context
+    if context is None or not context.width or not context.height:
+        raise MediaError("undecodable", "declares no picture size or an unknown codec")
+    rate = stream.average_rate or stream.guessed_rate or 0
+    time_base = stream.time_base or Fraction(1, 1000)
+    duration_s = float(stream.duration * time_base) if stream.duration else None
+    if duration_s is None and container.duration:
+        duration_s = container.duration / 1e6
+    return VideoInfo(
+        codec=context.name,
+        container=container.format.name,
+        pixel_format=str(context.format.name) if context.format else "",
+        width_px=context.width,
+        height_px=context.height,
+        pixel_aspect=float(stream.sample_aspect_ratio or 1) or 1.0,
+        fps=float(rate),
+        duration_s=duration_s,
+        bitrate_bps=int(context.bit_rate or container.bit_rate or 0) or None,
+        has_audio=bool(container.streams.audio),
+        n_video_streams=len(container.streams.video),
+        start_s=float(stream.start_time * time_base) if stream.start_time is not None else 0.0,
+    )
+
+
+def _check_limits(info: VideoInfo, limits: Limits) -> None:
+    if info.width_px * info.height_px > limits.max_frame_px:
+        raise MediaError("too_large", f"frames of {info.width_px}x{info.height_px} exceed {limits.max_frame_px} pixels")
+    if info.duration_s and info.duration_s > limits.max_duration_s:
+        raise MediaError("too_long", f"lasts {info.duration_s:.0f} s, more than the limit of {limits.max_duration_s:.0f} s")
+
+
+def quarter_turns(picture: av.VideoFrame) -> int:
+    """Counter-clockwise quarter turns (as `numpy.rot90` counts them) that make a frame upright."""
+    if not any(side.type == SideDataType.DISPLAYMATRIX for side in picture.side_data):
+        return 0
+    return round(picture.rotation / 90) % 4
+
+
+def display_size_px(width_px: int, height_px: int, pixel_aspect: float, turns: int) -> tuple[int, int]:
+    """(width, height) as a player shows it: square pixels, upright."""
+    width = round(width_px * pixel_aspect)
+    return (height_px, width) if turns % 2 else (width, height_px)
+
+
+def to_rgb(picture: av.VideoFrame, *, pixel_aspect: float = 1.0, turns: int = 0, short_side_px: int | None = None) -> np.ndarray:
+    """An upright uint8 [H, W, 3] RGB picture with square pixels, its short side at most `short_side_px` (never enlarged)."""
+    width, height = display_size_px(picture.width, picture.height, pixel_aspect, turns)
+    scale = 1.0 if short_side_px is None else min(1.0, short_side_px / min(width, height))
+    width, height = max(2, round(width * scale)), max(2, round(height * scale))
+    if turns % 2:
+        width, height = height, width
+    interpolation = "AREA" if scale < 1 else "BILINEAR"
+    rgb = picture.reformat(width, height, "rgb24", interpolation=interpolation).to_ndarray()
+    return np.ascontiguousarray(np.rot90(rgb, turns)) if turns else rgb
+
+
+def decode(
+    uri: str, *, start_s: float = 0.0, end_s: float | None = None, fps: float | None = None, short_side_px: int | None = None
+) -> np.ndarray:
+    """Decode a span to uint8 [T, H, W, 3] RGB, upright and with square pixels.
+
+    fps: take the frame nearest before each tick of that rate (a slower source repeats frames); None takes all frames.
+    Raises `MediaError` with reason no_frames when the span holds none.
+    """
+    out: list[np.ndarray] = []
+    with open_video(uri) as video:
+        if start_s > 0:
+            video.skip_to(start_s)
+        half_frame_s = 0.5 / (video.info.fps or 25.0)
+        last: np.ndarray | None = None
+        for frame in video.frames():
+            if frame.time_s < start_s - half_frame_s:
+                continue
+            if end_s is not None and frame.time_s >= end_s - half_frame_s:
+                break
+            while fps and last is not None and start_s + len(out) / fps < frame.time_s - half_frame_s:
+                out.append(last)
+            last = to_rgb(
+                frame.picture,
+                pixel_aspect=video.info.pixel_aspect,
+                turns=quarter_turns(frame.picture),
+                short_side_px=short_side_px,
+            )
+            if not fps:
+                out.append(last)
+        if last is not None and fps:
+            until_s = end_s if end_s is not None else start_s + (len(out) + 1) / fps
+            while len(out) < round((until_s - start_s) * fps):
+                out.append(last)
+    if not out:
+        raise MediaError("no_frames", f"no frame between {start_s} s and {end_s} s")
+    return np.stack(out)
+
+
+def is_image(uri: str) -> bool:
+    """True where the name says that it is a still image."""
+    return str(uri).lower().endswith(IMAGE_SUFFIXES)
+
+
+def read_image(uri: str, limits: Limits | None = None) -> np.ndarray:
+    """A still image as uint8 [H, W, 3] RGB, turned upright by its EXIF tag. Raises `MediaError` as `open_video` does."""
+    with open_file(uri) as handle:
+        data = np.frombuffer(handle.read(), np.uint8)
+    if not data.size:
+        raise MediaError("empty", "is an empty file")
+    with open_video(uri, limits=limits):  # refuses absurd sizes from the header, before the pixels are unpacked
+        pass
+    picture = cv2.imdecode(data, cv2.IMREAD_COLOR)
+    if picture is None:
+        raise MediaError("undecodable", "cannot be decoded as an image")
+    return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
+
+
+def write_mp4(
+    path: str, frames: Iterable[np.ndarray], *, fps: Fraction | int | float, crf: int = 18, preset: str = "fast"
+) -> int:
+    """Write uint8 [H, W, 3] RGB frames as H.264 (yuv420p, index first) and return how many there were.
+
+    Odd sizes are cut to even ones, as 4:2:0 needs. Nothing is left behind when the frames' iterator raises.
+    """
+    rate = Fraction(fps).limit_denominator(1001)
+    count = 0
+    container = av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"})
+    with container:
+        stream: Any = None
+        for frame in frames:
+            height, width = frame.shape[0] // 2 * 2, frame.shape[1] // 2 * 2
+            if stream is None:
+                stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "preset": preset})
+                stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[:height, :width]), format="rgb24")
+            picture.pts, picture.time_base = count, 1 / rate
+            container.mux(stream.encode(picture))
+            count += 1
+        if stream is not None:
+            container.mux(stream.encode(None))
+    return count
