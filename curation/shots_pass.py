@@ -15,7 +15,7 @@ from waver_core.errors import MediaError
 from waver_core.manifest import clip_id, rows_to_table
 from waver_core.storage import write_atomic
 from waver_core.telemetry import StageTimer
-from waver_core.video import Limits, VideoInfo, open_video, quarter_turns, read_image
+from waver_core.video import Limits, VideoInfo, open_video, quarter_turns, read_image, resize
 
 _SMALL_SHORT_SIDE_PX = 72
 
@@ -151,5 +151,4 @@ def _small(picture: Any) -> np.ndarray:
     """The frame at a short side of 72 px as RGB, as stored (not turned): what the watchers of every frame see."""
     scale = _SMALL_SHORT_SIDE_PX / min(picture.width, picture.height)
     size = (max(2, round(picture.width * scale)), max(2, round(picture.height * scale)))
-    small: np.ndarray = picture.reformat(*size, "rgb24", interpolation="AREA").to_ndarray()
-    return small
+    return resize(picture, *size)

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 
 from curation.stage import Row, SourceFacts, StreamFrame
-from waver_core.video import display_size_px
+from waver_core.video import display_size_px, resize
 
 _SAMPLES_PER_S = 2.0
 _HEIGHT_PX = 108
@@ -44,7 +44,7 @@ class Thumbnails:
         shown_width, shown_height = display_size_px(picture.width, picture.height, self._aspect, self._turns)
         size = (max(2, round(shown_width * _HEIGHT_PX / shown_height)), _HEIGHT_PX)
         stored = size[::-1] if self._turns % 2 else size
-        rgb: np.ndarray = picture.reformat(*stored, "rgb24", interpolation="AREA").to_ndarray()
+        rgb = resize(picture, *stored)
         return np.rot90(rgb, self._turns) if self._turns else rgb
 
     def filmstrip(self, clip: Row) -> tuple[bytes, int] | None:

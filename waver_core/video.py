@@ -7,9 +7,11 @@ frame rates and damaged packets are handled in one place.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import av
@@ -17,6 +19,7 @@ import av.logging
 import cv2
 import numpy as np
 from av.sidedata.sidedata import Type as SideDataType
+from av.video.reformatter import VideoReformatter
 
 from waver_core.errors import MediaError
 from waver_core.storage import is_local, local_path, open_file
@@ -209,6 +212,23 @@ def display_size_px(width_px: int, height_px: int, pixel_aspect: float, turns: i
     return (height_px, width) if turns % 2 else (width, height_px)
 
 
+@lru_cache(maxsize=64)
+def _reformatter(*key: object) -> VideoReformatter:
+    """A scaler that keeps its tables for one kind of job; building them anew for each frame costs more than scaling."""
+    return VideoReformatter()
+
+
+def resize(picture: av.VideoFrame, width_px: int, height_px: int, pixel_format: str = "rgb24") -> np.ndarray:
+    """The stored picture (not turned) at another size, area-averaged when it shrinks: uint8 [H, W, 3], or [H, W] for gray."""
+    shrinks = width_px < picture.width
+    key = (threading.get_ident(), picture.width, picture.height, picture.format.name, width_px, height_px, pixel_format)
+    out = _reformatter(*key).reformat(
+        picture, width_px, height_px, pixel_format, interpolation="AREA" if shrinks else "BILINEAR"
+    )
+    array: np.ndarray = out.to_ndarray()
+    return array
+
+
 def to_rgb(picture: av.VideoFrame, *, pixel_aspect: float = 1.0, turns: int = 0, short_side_px: int | None = None) -> np.ndarray:
     """An upright uint8 [H, W, 3] RGB picture with square pixels, its short side at most `short_side_px` (never enlarged)."""
     width, height = display_size_px(picture.width, picture.height, pixel_aspect, turns)
@@ -216,8 +236,7 @@ def to_rgb(picture: av.VideoFrame, *, pixel_aspect: float = 1.0, turns: int = 0,
     width, height = max(2, round(width * scale)), max(2, round(height * scale))
     if turns % 2:
         width, height = height, width
-    interpolation = "AREA" if scale < 1 else "BILINEAR"
-    rgb = picture.reformat(width, height, "rgb24", interpolation=interpolation).to_ndarray()
+    rgb = resize(picture, width, height)
     return np.ascontiguousarray(np.rot90(rgb, turns)) if turns else rgb
 
 

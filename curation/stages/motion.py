@@ -34,6 +34,8 @@ class Options(Strict):
     fps: float = Field(8.0, gt=0)
     min_foreground_ratio: float = Field(0.004, ge=0)
     """A smaller foreground, as a share of the picture over the clip, counts as none."""
+    min_active_px: float = Field(0.1, gt=0)
+    """Mean flow of a step from which on it counts as active; a slide that flips is one step among many at rest."""
     min_move_px: float = Field(0.35, gt=0)
     min_shake_px: float = Field(0.9, gt=0)
     dominance: float = Field(1.6, ge=1)
@@ -49,6 +51,7 @@ class Stage(stage.Stage):
         Column("motion_foreground_px", pa.float64(), "mean speed of the foreground against the scene", "px/step", score=True),
         Column("motion_background_px", pa.float64(), "mean speed of the background: the camera's doing", "px/step", score=True),
         Column("motion_total_px", pa.float64(), "mean flow over the whole picture", "px/step", score=True),
+        Column("motion_active_ratio", pa.float64(), "share of steps in which anything moves", score=True),
         Column("motion_foreground_ratio", pa.float64(), "share of the picture that moves by itself", score=True),
         Column(
             "motion_direction_entropy", pa.float64(), "spread of the foreground's directions, 0 one way to 1 all ways", score=True
@@ -104,6 +107,7 @@ class Stage(stage.Stage):
             "motion_foreground_px": _masked_mean(residual, mask, unit) if seen else 0.0,
             "motion_background_px": _masked_mean(speed, ~mask, unit),
             "motion_total_px": _masked_mean(speed, np.ones_like(mask), unit),
+            "motion_active_ratio": float((speed.mean(axis=(1, 2)) * unit > o.min_active_px).mean()),
             "motion_foreground_ratio": ratio,
             "motion_direction_entropy": direction_entropy(flow[:, ::2, ::2][mask]) if seen else 0.0,
             "motion_camera": label_camera(steps, (rgb.shape[2], rgb.shape[1]), rules),

@@ -17,6 +17,7 @@ from waver_core.backends.contracts import TextBox, TextDetector, WatermarkScorer
 from waver_core.config import Strict
 from waver_core.manifest import Column
 from waver_core.registry import backend_class, create
+from waver_core.video import resize
 
 
 class Options(Strict):
@@ -51,7 +52,7 @@ class Stage(stage.Stage):
         Column(
             "overlay_text_kind", pa.string(), "none, scene (moves with the picture) or burned_in (keeps its place)", score=True
         ),
-        Column("overlay_watermark", pa.float64(), "probability of a watermark, the larger of clip and source", score=True),
+        Column("overlay_watermark", pa.float64(), "probability of a watermark: the source's where several shots tell, else the clip's", score=True),
         Column("overlay_watermark_box", pa.list_(pa.float32(), 4), "left, top, right, bottom of the clip's, as shares"),
     )
 
@@ -93,9 +94,11 @@ class Stage(stage.Stage):
         if self.options.text_backend:
             row.update(self._text_columns(large.rgb))
         mark = self._watermark.score(dense.rgb)
-        known = [p for p in (mark.probability, media.row.get("overlay_source_watermark")) if p is not None]
-        # Where nothing moves, a still edge is no evidence: such clips are the static gate's business.
-        row["overlay_watermark"] = max(known) if known else 0.0
+        across_shots = media.row.get("overlay_source_watermark")
+        # What lies over all shots of a source is surer than what stays still within one clip. Where nothing moves, a still
+        # edge is no evidence: such clips are the static gate's business.
+        known = mark.probability if across_shots is None else across_shots
+        row["overlay_watermark"] = known or 0.0
         row["overlay_watermark_box"] = [float(v) for v in mark.box] if mark.box and (mark.probability or 0) >= 0.5 else None
         return row
 
@@ -152,7 +155,7 @@ class SourceOverlayWatcher:
         self._next_s = frame.time_s + self._interval_s
         scale = 180 / min(frame.picture.width, frame.picture.height)
         size = (max(2, round(frame.picture.width * scale)), max(2, round(frame.picture.height * scale)))
-        self._kept.append(frame.picture.reformat(*size, "rgb24", interpolation="AREA").to_ndarray())
+        self._kept.append(resize(frame.picture, *size))
         if len(self._kept) > self._options.max_source_samples:
             self._kept, self._interval_s = self._kept[::2], self._interval_s * 2
 

@@ -14,7 +14,7 @@ from curation import stage
 from curation.stage import Row, SourceFacts, StreamFrame
 from waver_core.config import Strict
 from waver_core.manifest import Column
-from waver_core.video import display_size_px
+from waver_core.video import display_size_px, resize
 
 
 class Options(Strict):
@@ -22,7 +22,7 @@ class Options(Strict):
 
     border_samples_per_s: float = Field(2.0, gt=0)
     black_level: int = Field(24, ge=0, le=64)
-    """A row or column whose mean luma never exceeds this is black (video black is 16)."""
+    """A row or column whose mean luma never exceeds this, with no lit pixels to speak of, is black (video black is 16)."""
     max_border_ratio: float = Field(0.4, gt=0, lt=0.5)
     """Black from farther in than this share of the picture is a dark scene, not a border."""
 
@@ -75,7 +75,7 @@ class TechnicalWatcher:
             return
         self._next_sample_s = frame.time_s + 1 / self._options.border_samples_per_s
         if frame.picture is not None:
-            grey = frame.picture.reformat(format="gray").to_ndarray()
+            grey = resize(frame.picture, frame.picture.width, frame.picture.height, "gray")
             self._size_px = (frame.picture.width, frame.picture.height)
         else:
             assert frame.full is not None
@@ -83,8 +83,15 @@ class TechnicalWatcher:
             self._size_px = (grey.shape[1], grey.shape[0])
         turned = np.rot90(grey, self._source.turns) if self._source.turns else grey
         self._sampled_at.append(frame.index)
-        self._rows.append(cv2.reduce(turned, 1, cv2.REDUCE_AVG, dtype=cv2.CV_32F).ravel().astype(np.uint8))
-        self._columns.append(cv2.reduce(turned, 0, cv2.REDUCE_AVG, dtype=cv2.CV_32F).ravel().astype(np.uint8))
+        self._rows.append(self._profile(turned, 1))
+        self._columns.append(self._profile(turned, 0))
+
+    def _profile(self, grey: np.ndarray, axis: int) -> np.ndarray:
+        """Luma of each row (axis 1) or column (0), uint8: its mean, or white where more than a few pixels are lit."""
+        mean = cv2.reduce(grey, axis, cv2.REDUCE_AVG, dtype=cv2.CV_32F).ravel()
+        bright = cv2.threshold(grey, self._options.black_level + 16, 1, cv2.THRESH_BINARY)[1]
+        lit = cv2.reduce(bright, axis, cv2.REDUCE_AVG, dtype=cv2.CV_32F).ravel()
+        return np.where(lit > 0.02, 255, mean).astype(np.uint8)
 
     def describe(self, clips: Sequence[Row]) -> list[Row]:
         """The source's facts on every clip, and each clip's own borders."""
