@@ -1,11 +1,11 @@
 """Ray Data under the passes: units of work as blocks of plain columns, a pool of actors per pass, summaries back.
 
-The only module of the plane besides the entry script that imports Ray. `run_serial` does the same in one process; tests
-and profiling use it.
+The only module of the plane that imports Ray; `curation.serial` does the same in one process.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -48,6 +48,7 @@ def connect() -> None:
     # A private cluster on this machine needs no token file in the user's home, and no dashboard.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else every actor pool prints a warning meant for Ray's authors
     ray.init(**options, include_dashboard=False, runtime_env={"env_vars": environment})
 
 
@@ -56,7 +57,8 @@ def run_on_ray(factory: Callable[..., Worker], args: tuple[Any, ...], items: lis
     if not items:
         return
     connect()
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    ray.data.DataContext.get_current().enable_progress_bars = False  # `curation.progress` counts sources, not blocks
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     size = resources.sources_per_task
     blocks = [pa.Table.from_pylist(items[i : i + size]) for i in range(0, len(items), size)]
     cores = ray.cluster_resources().get("CPU", 1.0)
@@ -87,12 +89,3 @@ def run_on_ray(factory: Callable[..., Worker], args: tuple[Any, ...], items: lis
         raise RunFailed(
             f"the workers failed: {first} (Ray's logs: {ray._private.worker._global_node.get_logs_dir_path()})"
         ) from error
-
-
-def run_serial(factory: Callable[..., Worker], args: tuple[Any, ...], items: list[Row], resources: Pass) -> Iterator[Row]:
-    """The same in this process, without Ray."""
-    if not items:
-        return
-    worker = factory(*args)
-    for start in range(0, len(items), resources.sources_per_task):
-        yield from worker(items[start : start + resources.sources_per_task])

@@ -26,6 +26,7 @@ from curation.progress import Progress
 from curation.report import write_report
 from curation.scores_pass import ScoresPass, score_schema
 from curation.selection import add_reasons, count_tiers
+from curation.serial import run_serial
 from curation.shots_pass import ShotsPass
 from curation.stage import StageSet, load_stages
 from curation.workfolder import WorkFolder
@@ -38,6 +39,8 @@ from waver_core.telemetry import duration_text
 
 Row = dict[str, Any]
 Execute = Callable[..., Iterator[Row]]
+_SMALL_INPUT_BYTES = 8 << 30
+"""Up to this much is digested in the driver: sooner done than workers started."""
 
 
 @dataclass(frozen=True)
@@ -164,9 +167,11 @@ def _identify(config: Config, listed: list[Row], known: list[Row], execute: Exec
             out.append({**file, "source_id": source_id, "bytes": size, "stamp": stamp, "status": "new"})
         else:
             fresh.append({**file, "size_hint": size})
+    total_bytes = sum(max(0, f["size_hint"]) for f in fresh)
+    run = execute if total_bytes > _SMALL_INPUT_BYTES else run_serial
     units = Pass(cpus=config.funnel.passes.shots.cpus, max_actors=config.funnel.passes.shots.max_actors, sources_per_task=16)
-    with Progress("identify", len(fresh), sum(max(0, f.pop("size_hint")) for f in fresh), console) as progress:
-        for row in execute(Identify, (config,), fresh, units):
+    with Progress("identify", len(fresh), total_bytes, console) as progress:
+        for row in run(Identify, (config,), [{k: v for k, v in f.items() if k != "size_hint"} for f in fresh], units):
             out.append({**row, "status": "quarantined" if row["reason"] else "new"})
             progress.advance(row["bytes"] or 0, failed=bool(row["reason"]))
     out.sort(key=lambda s: s["uri"])

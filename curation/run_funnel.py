@@ -49,16 +49,20 @@ def run(
         return
     if not input_uri or not output:
         raise UserError("give --input and --output, for example: python curation/run_funnel.py --input videos --output out")
-    from curation.executor import connect, run_on_ray, run_serial
     from curation.funnel import run_funnel
+    from curation.serial import run_serial
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
     settings = load_config(config, profile or [], set_ or [])
     tier_gates(settings, load_stages(settings))  # configuration errors come before a cluster is started
     paths = [str(Path(local_path(uri)).resolve()) if is_local(uri) else uri for uri in (input_uri, output)]
-    if not serial:
+    if serial:
+        run_funnel(settings, paths[0], paths[1], run_serial, console)
+    else:
+        from curation.executor import connect, run_on_ray
+
         connect()
-    run_funnel(settings, paths[0], paths[1], run_serial if serial else run_on_ray, console)
+        run_funnel(settings, paths[0], paths[1], run_on_ray, console)
     console.print(f"Report: {join(paths[1], 'report.html')}")
 
 
@@ -86,7 +90,7 @@ def preview(output: Output, config: ConfigPath = None, profile: Profiles = None,
     console.print(table)
     if result.unscored:
         console.print(
-            f"{result.unscored:,} more clips were rejected before they were fully scored; a run with these thresholds scores them."
+            f"{result.unscored:,} clips were rejected before all their scores were made; a run with these thresholds makes them."
         )
 
 

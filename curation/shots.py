@@ -9,6 +9,7 @@ a zoom fails that test, since its middle frames hold what neither end does.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -96,7 +97,7 @@ def gradual_transitions(luma: np.ndarray, cuts: list[int], fps: float, rules: Sh
     fades = _fades(x, rules)
     bounds = sorted({0, len(x), *cuts, *(edge for f in fades for edge in (f.start, f.end))})
     candidates: list[tuple[float, int, int]] = []
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in pairwise(bounds):
         if not any(f.start <= start < f.end for f in fades):
             for length in _window_lengths(fps, rules.max_blend_s):
                 candidates.extend(_blend_windows(x, start, end, length, rules))

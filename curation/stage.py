@@ -27,7 +27,8 @@ from waver_core.video import VideoInfo
 Row = dict[str, Any]
 
 
-class FrameRequest(NamedTuple):
+@dataclass(frozen=True)
+class FrameRequest:
     """Frames that a stage wants of every clip: at a rate, or a number of them evenly spread; sampled once for all stages."""
 
     short_side_px: int
@@ -58,7 +59,8 @@ class ClipMedia:
     frames: dict[FrameRequest, Frames]
 
 
-class StreamFrame(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class StreamFrame:
     """One frame of the first decode: index, time, a small RGB picture [h, w, 3], and libav's own for a closer look."""
 
     index: int

@@ -222,9 +222,7 @@ def resize(picture: av.VideoFrame, width_px: int, height_px: int, pixel_format: 
     """The stored picture (not turned) at another size, area-averaged when it shrinks: uint8 [H, W, 3], or [H, W] for gray."""
     shrinks = width_px < picture.width
     key = (threading.get_ident(), picture.width, picture.height, picture.format.name, width_px, height_px, pixel_format)
-    out = _reformatter(*key).reformat(
-        picture, width_px, height_px, pixel_format, interpolation="AREA" if shrinks else "BILINEAR"
-    )
+    out = _reformatter(*key).reformat(picture, width_px, height_px, pixel_format, interpolation="AREA" if shrinks else "BILINEAR")
     array: np.ndarray = out.to_ndarray()
     return array
 

@@ -52,7 +52,12 @@ class Stage(stage.Stage):
         Column(
             "overlay_text_kind", pa.string(), "none, scene (moves with the picture) or burned_in (keeps its place)", score=True
         ),
-        Column("overlay_watermark", pa.float64(), "probability of a watermark: the source's where several shots tell, else the clip's", score=True),
+        Column(
+            "overlay_watermark",
+            pa.float64(),
+            "probability of a watermark, from the source where its shots tell",
+            score=True,
+        ),
         Column("overlay_watermark_box", pa.list_(pa.float32(), 4), "left, top, right, bottom of the clip's, as shares"),
     )
 
