@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 
 
@@ -44,15 +45,17 @@ class ShotRules:
     """How many times larger than its neighbours' a drop must be."""
     min_blend_rms: float = 10.0
     """Luma RMS between the two ends of a gradual transition, of 255."""
-    max_residual: float = 0.12
+    max_residual: float = 0.2
     """Share of the change that a mixture of the two ends leaves unexplained."""
+    max_excess: float = 0.4
+    """Contrast that the middle may have beyond a mixture's, between 0 (dissolve) and 1 (travel)."""
     max_blend_s: float = 2.6
     min_blend_s: float = 0.3
     min_coverage: float = 0.6
     """Share of the picture's cells that must take part in a dissolve."""
     max_ramp_error: float = 0.3
     """Median over those cells of the largest distance from a straight ramp."""
-    flat_std: float = 4.0
+    flat_std: float = 2.5
     """A frame whose luma thumbnail deviates less is blank (black, white, one colour)."""
 
 
@@ -190,8 +193,20 @@ def _blend_windows(x: np.ndarray, start: int, end: int, length: int, rules: Shot
     residual = np.max(residuals, axis=0)
     skew = np.max(np.abs(shares), axis=0)
     good = (residual < rules.max_residual) & (skew < 0.2) & _different_pictures(a, b)
+    good &= _excess(a, x[firsts + length // 2], b) < rules.max_excess
     score = rms * (1 - residual / rules.max_residual * 0.7) * (1 - skew)
     return [(float(s), int(f), int(f) + length) for s, f in zip(score[good], firsts[good], strict=True)]
+
+
+def _excess(a: np.ndarray, middle: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Contrast of middle frames beyond that of an even mixture of the ends: near 0 in a dissolve, near 1 for travel.
+
+    Two unrelated pictures mixed lose half of their variance, moving content or not; a pan keeps it. [T, D] each -> [T].
+    """
+    ca, cm, cb = (v - v.mean(axis=1, keepdims=True) for v in (a, middle, b))
+    mixture = (ca + cb) / 2
+    gap = np.maximum(np.einsum("td,td->t", cb - ca, cb - ca) / 4, 1e-6)
+    return (np.einsum("td,td->t", cm, cm) - np.einsum("td,td->t", mixture, mixture)) / gap
 
 
 def _different_pictures(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -238,7 +253,7 @@ def _fit_ends(x: np.ndarray, first: int, last: int, bounds: list[int]) -> Transi
 def _is_dissolve(luma: np.ndarray, found: Transition, fps: float, rules: ShotRules) -> bool:
     """A dissolve changes the whole picture at one pace, then stops: what a passing car or a pan does not do.
 
-    Judged on an 8x6 grid of cells: most of those that change must rise from 0 to 1 along the same ramp, and outside the
+    Judged on a grid of 48 cells: most of those that change must rise from 0 to 1 along the same ramp, and outside the
     transition the picture must be at rest compared with the change inside.
     """
     if found.end - found.start < max(3, rules.min_blend_s * fps):
@@ -248,7 +263,9 @@ def _is_dissolve(luma: np.ndarray, found: Transition, fps: float, rules: ShotRul
     inner = luma[before : after + 1].astype(np.float32)
     level = np.median(inner, axis=(1, 2), keepdims=True)
     inner -= np.clip(level - level[0], -40, 40)  # a small change of exposure is no change of picture
-    cells = inner[:, : height // 6 * 6, : width // 8 * 8].reshape(len(inner), 6, height // 6, 8, width // 8)
+    rows, columns = (6, 8) if width >= height else (8, 6)
+    cells = inner[:, : height // rows * rows, : width // columns * columns]
+    cells = cells.reshape(len(inner), rows, height // rows, columns, width // columns)
     cells = cells.transpose(0, 1, 3, 2, 4).reshape(len(inner), 48, -1)
     change = cells[-1] - cells[0]
     energy = np.einsum("cp,cp->c", change, change)
@@ -256,9 +273,33 @@ def _is_dissolve(luma: np.ndarray, found: Transition, fps: float, rules: ShotRul
     strong = energy > 0.25 * energy[lively].mean() if lively.any() else energy > 0
     if strong.sum() < rules.min_coverage * max(1, int(lively.sum())):
         return False
+    if _is_travel(luma[before], luma[(before + after) // 2], luma[after]):
+        return False
     share = np.einsum("tcp,cp->tc", cells[:, strong] - cells[0, strong], change[strong]) / energy[strong]
     ramp = np.linspace(0, 1, len(inner))[:, None]
     return float(np.median(np.abs(share - ramp).max(axis=0))) < rules.max_ramp_error
+
+
+def _is_travel(first: np.ndarray, middle: np.ndarray, last: np.ndarray) -> bool:
+    """Whether three pictures are one scene seen in passing: the middle one is the first moved, the last moved twice as far.
+
+    Regular patterns (tiles, blinds) that travel by half their period can pass for a mixture; nothing that dissolves moves.
+    """
+    big = [cv2.resize(p, None, fx=4, fy=4, interpolation=cv2.INTER_CUBIC) for p in (first, middle, last)]
+    height, width = big[0].shape
+    top, left = height // 5, width // 5
+    template = big[0][top : height - top, left : width - left]
+    if template.std() < 1:
+        return False
+    found = []
+    for picture in big[1:]:
+        scores = cv2.matchTemplate(picture, template, cv2.TM_CCOEFF_NORMED)
+        _, best, _, (x, y) = cv2.minMaxLoc(scores)
+        found.append((best, np.array([x - left, y - top], float)))
+    (match_middle, half), (match_last, whole) = found
+    length = float(np.hypot(*whole))
+    steady = float(np.hypot(*(whole - 2 * half))) < 0.5 * length + 2
+    return length >= 3 and steady and match_middle > 0.8 and match_last > 0.7
 
 
 def split_shots(n_frames: int, cuts: list[int], gradual: list[Transition], gaps: list[tuple[int, int]]) -> list[Shot]:

@@ -153,6 +153,8 @@ def load_config(path: str | Path | None = None, profiles: Sequence[str] = (), ov
         raw = yaml.safe_load(path.read_text())
     except FileNotFoundError as error:
         raise ConfigError(f"no configuration file at {path}; give one with --config") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as a configuration file: {error}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
@@ -204,6 +206,8 @@ def _inherit(tiers: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str | Non
     Of two thresholds the stricter holds, for tiers only ever get stricter (Waver §3.5): raising one of a parent raises
     the floor of every tier below it.
     """
+    if not isinstance(tiers, dict):
+        raise ConfigError(f"tiers must map tier names to gates (got {tiers!r})")
     done: dict[str, Any] = {}
     parents: dict[str, str | None] = {}
     for name, gates in tiers.items():
@@ -211,8 +215,13 @@ def _inherit(tiers: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str | Non
             raise ConfigError(f"tiers.{name} must map gate names to gates")
         gates = dict(gates or {})
         parent = gates.pop("from", None)
-        if parent is not None and parent not in done:
+        if parent is not None and str(parent) not in done:
             raise ConfigError(f"tiers.{name}.from: no earlier tier '{parent}': {did_you_mean(str(parent), done)}")
+        for gate, value in gates.items():
+            if not isinstance(value, dict):
+                raise ConfigError(
+                    f"tiers.{name}.{gate}: a gate is a mapping with a column and min, max or equals (got {value!r})"
+                )
         merged = merge(done[parent], gates) if parent is not None else gates
         for gate, base in (done[parent] if parent is not None else {}).items():
             over = merged[gate]

@@ -24,7 +24,7 @@ def register(capability: str, name: str) -> Callable[[T], T]:
 
     def add(cls: T) -> T:
         known = _BACKENDS.setdefault((capability, name), cls)
-        if known.__qualname__ != cls.__qualname__:
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
             raise ConfigError(f"two backends are called {capability}/{name}: {known.__module__} and {cls.__module__}")
         return cls
 

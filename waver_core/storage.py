@@ -8,7 +8,6 @@ import uuid
 from collections.abc import Iterator
 from typing import IO, Any
 
-import fsspec
 from fsspec.core import url_to_fs
 
 from waver_core.errors import UserError
@@ -43,7 +42,8 @@ def join(base: str, *parts: str) -> str:
 
 def open_file(uri: str, mode: str = "rb") -> IO[Any]:
     """Open `uri` on whatever file system holds it."""
-    handle: IO[Any] = fsspec.open(str(uri), mode).open()
+    fs, path = filesystem(uri)
+    handle: IO[Any] = fs.open(path, mode)
     return handle
 
 

@@ -7,6 +7,7 @@ frame rates and damaged packets are handled in one place.
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -22,10 +23,15 @@ from av.sidedata.sidedata import Type as SideDataType
 from av.video.reformatter import VideoReformatter
 
 from waver_core.errors import MediaError
-from waver_core.storage import is_local, local_path, open_file
+from waver_core.storage import is_local, local_path, open_file, read_bytes
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp", ".ogv")
+# Formats that hold their own pictures. Left out are those that name other files to open (concat, HLS, DASH, SDP, image2).
+_DEMUXERS = (
+    *("mov", "matroska", "avi", "mpeg", "mpegts", "mpegvideo", "m4v", "h264", "hevc", "flv", "asf", "ogg", "gif", "mxf"),
+    *("png_pipe", "jpeg_pipe", "webp_pipe", "bmp_pipe", "tiff_pipe"),
+)
 
 
 @dataclass(frozen=True)
@@ -133,13 +139,14 @@ def open_video(
     try:
         handle = None if is_local(uri) else open_file(uri)
         # A playlist dressed up as a video must not make libav open other files or addresses.
-        options = {"protocol_whitelist": "file"}
+        options = {"protocol_whitelist": "file", "format_whitelist": ",".join(_DEMUXERS)}
         container = av.open(local_path(uri) if handle is None else handle, mode="r", options=options)
     except (av.FFmpegError, OSError, ValueError) as error:
         if handle is not None:
             handle.close()
         reason = "unreadable" if isinstance(error, PermissionError | FileNotFoundError | IsADirectoryError) else "not_media"
-        raise MediaError(reason, f"cannot be opened as a video: {error}") from error
+        # libav's last log line, which PyAV appends, may be about another file
+        raise MediaError(reason, f"cannot be opened as a video: {getattr(error, 'strerror', None) or error}") from error
     try:
         if not container.streams.video:
             kinds = ", ".join(sorted({s.type for s in container.streams})) or "nothing"
@@ -238,42 +245,45 @@ def to_rgb(picture: av.VideoFrame, *, pixel_aspect: float = 1.0, turns: int = 0,
     return np.ascontiguousarray(np.rot90(rgb, turns)) if turns else rgb
 
 
-def decode(
-    uri: str, *, start_s: float = 0.0, end_s: float | None = None, fps: float | None = None, short_side_px: int | None = None
-) -> np.ndarray:
-    """Decode a span to uint8 [T, H, W, 3] RGB, upright and with square pixels.
-
-    fps: take the frame nearest before each tick of that rate (a slower source repeats frames); None takes all frames.
-    Raises `MediaError` with reason no_frames when the span holds none.
-    """
-    out: list[np.ndarray] = []
+def decode_frames(
+    uri: str, start_s: float = 0.0, end_s: float | None = None, short_side_px: int | None = None
+) -> Iterator[tuple[float, np.ndarray]]:
+    """Yield (time_s, uint8 [H, W, 3] RGB) of every frame of a span, upright and with square pixels, one at a time."""
     with open_video(uri) as video:
         if start_s > 0:
             video.skip_to(start_s)
         half_frame_s = 0.5 / (video.info.fps or 25.0)
-        last: np.ndarray | None = None
         for frame in video.frames():
             if frame.time_s < start_s - half_frame_s:
                 continue
             if end_s is not None and frame.time_s >= end_s - half_frame_s:
                 break
-            while fps and last is not None and start_s + len(out) / fps < frame.time_s - half_frame_s:
-                out.append(last)
-            last = to_rgb(
-                frame.picture,
-                pixel_aspect=video.info.pixel_aspect,
-                turns=quarter_turns(frame.picture),
-                short_side_px=short_side_px,
-            )
-            if not fps:
-                out.append(last)
-        if last is not None and fps:
-            until_s = end_s if end_s is not None else start_s + (len(out) + 1) / fps
-            while len(out) < round((until_s - start_s) * fps):
-                out.append(last)
-    if not out:
+            turns, aspect = quarter_turns(frame.picture), video.info.pixel_aspect
+            yield frame.time_s, to_rgb(frame.picture, pixel_aspect=aspect, turns=turns, short_side_px=short_side_px)
+
+
+def decode(
+    uri: str, *, start_s: float = 0.0, end_s: float | None = None, fps: float | None = None, short_side_px: int | None = None
+) -> np.ndarray:
+    """Decode a span to uint8 [T, H, W, 3] RGB, upright and with square pixels.
+
+    fps: one frame per tick of that rate from `start_s` on, the latest one shown by then (a slower source repeats frames);
+    None takes every frame. Raises `MediaError` with reason no_frames when the span holds none.
+    """
+    frames = list(decode_frames(uri, start_s, end_s, short_side_px)) if not fps else []
+    if fps:
+        previous: tuple[float, np.ndarray] | None = None
+        step_s = 0.0
+        for time_s, rgb in decode_frames(uri, start_s, end_s, short_side_px):
+            while previous and start_s + len(frames) / fps < time_s - 1e-3:
+                frames.append(previous)
+            step_s = time_s - previous[0] if previous else 0.0
+            previous = (time_s, rgb)
+        while previous and start_s + len(frames) / fps < (end_s or previous[0] + step_s) - 1e-3:
+            frames.append(previous)
+    if not frames:
         raise MediaError("no_frames", f"no frame between {start_s} s and {end_s} s")
-    return np.stack(out)
+    return np.stack([rgb for _, rgb in frames])
 
 
 def is_image(uri: str) -> bool:
@@ -283,8 +293,10 @@ def is_image(uri: str) -> bool:
 
 def read_image(uri: str, limits: Limits | None = None) -> np.ndarray:
     """A still image as uint8 [H, W, 3] RGB, turned upright by its EXIF tag. Raises `MediaError` as `open_video` does."""
-    with open_file(uri) as handle:
-        data = np.frombuffer(handle.read(), np.uint8)
+    try:
+        data = np.frombuffer(read_bytes(uri), np.uint8)
+    except OSError as error:
+        raise MediaError("unreadable", f"cannot be read: {error}") from error
     if not data.size:
         raise MediaError("empty", "is an empty file")
     with open_video(uri, limits=limits):  # refuses absurd sizes from the header, before the pixels are unpacked
@@ -304,18 +316,22 @@ def write_mp4(
     """
     rate = Fraction(fps).limit_denominator(1001)
     count = 0
-    container = av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"})
-    with container:
-        stream: Any = None
-        for frame in frames:
-            height, width = frame.shape[0] // 2 * 2, frame.shape[1] // 2 * 2
-            if stream is None:
-                stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "preset": preset})
-                stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[:height, :width]), format="rgb24")
-            picture.pts, picture.time_base = count, 1 / rate
-            container.mux(stream.encode(picture))
-            count += 1
-        if stream is not None:
-            container.mux(stream.encode(None))
+    try:
+        with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+            stream: Any = None
+            for frame in frames:
+                height, width = frame.shape[0] // 2 * 2, frame.shape[1] // 2 * 2
+                if stream is None:
+                    stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "preset": preset})
+                    stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+                picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[:height, :width]), format="rgb24")
+                picture.pts, picture.time_base = count, 1 / rate
+                container.mux(stream.encode(picture))
+                count += 1
+            if stream is not None:
+                container.mux(stream.encode(None))
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        raise
     return count

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import tempfile
 from typing import Any, ClassVar, Literal
 
 import av
@@ -14,7 +14,7 @@ from curation import stage
 from waver_core import storage
 from waver_core.config import Strict
 from waver_core.manifest import Column, publish
-from waver_core.video import decode, open_video, write_mp4
+from waver_core.video import decode_frames, open_video, write_mp4
 
 
 class Options(Strict):
@@ -57,20 +57,14 @@ class Stage(stage.Stage):
 
         A stream copy starts on a key frame or not at all: where the clip's first frame is none, it is re-encoded.
         """
-        temporary = f"{storage.local_path(uri)}.part.mp4"
-        try:
-            if self.options.clip_files == "copy" and _stream_copy(clip, temporary):
-                how = "copied"
-            else:
-                frames = decode(clip["source_uri"], start_s=clip["start_s"], end_s=clip["end_s"])
-                write_mp4(temporary, iter(frames), fps=clip["fps"], crf=self.options.clip_crf)
-                how = "encoded"
-            with storage.open_file(temporary) as handle:
-                storage.write_atomic(uri, handle.read())
-            return how
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                storage.remove(temporary)
+        with tempfile.TemporaryDirectory() as folder:
+            path = f"{folder}/clip.mp4"
+            how = "copied" if self.options.clip_files == "copy" and _stream_copy(clip, path) else "encoded"
+            if how == "encoded":
+                frames = (frame for _, frame in decode_frames(clip["source_uri"], clip["start_s"], clip["end_s"]))
+                write_mp4(path, frames, fps=clip["fps"], crf=self.options.clip_crf)
+            storage.write_atomic(uri, storage.read_bytes(path))
+        return how
 
 
 def _stream_copy(clip: dict[str, Any], path: str) -> bool:

@@ -25,7 +25,7 @@ from waver_core.manifest import Column
 from waver_core.registry import backend_class, create
 
 _CHUNK_FRAMES = 64
-_THUMB_SIZE = (32, 18)
+_THUMB_SIDES = (32, 18)
 
 
 class Options(Strict):
@@ -110,7 +110,8 @@ class SegmentWatcher:
         bgr = np.ascontiguousarray(frame.small[..., ::-1])
         code = FrameTimecode(frame.index, self._fps)
         self._proposed += [cut.frame_num for cut in self._detector.process_frame(code, bgr)]
-        self._thumbs.append(cv2.resize(cv2.cvtColor(bgr, cv2.COLOR_BGR2GRAY), _THUMB_SIZE, interpolation=cv2.INTER_AREA))
+        size = _THUMB_SIDES if bgr.shape[1] >= bgr.shape[0] else _THUMB_SIDES[::-1]
+        self._thumbs.append(cv2.resize(cv2.cvtColor(bgr, cv2.COLOR_BGR2GRAY), size, interpolation=cv2.INTER_AREA))
         self._pending.append(frame.small)
         if len(self._pending) >= _CHUNK_FRAMES:
             self._embed()

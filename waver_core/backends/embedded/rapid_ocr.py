@@ -24,7 +24,7 @@ class RapidOcrDetector:
     def __init__(self, longest_side_px: int = 480, min_score: float = 0.6, max_box_area: float = 0.4, threads: int = 1) -> None:
         self._max_box_area = max_box_area
         self._longest_side_px, self._min_score, self._threads = longest_side_px, min_score, threads
-        self.fingerprint = f"rapidocr-3-det-{longest_side_px}-{min_score:g}-{max_box_area:g}"
+        self.fingerprint = f"rapidocr-3-det2-{longest_side_px}-{min_score:g}-{max_box_area:g}"
 
     @cached_property
     def _engine(self) -> Any:
@@ -55,7 +55,9 @@ class RapidOcrDetector:
             (left, top), (right, bottom) = corners.min(axis=0) / (width, height), corners.max(axis=0) / (width, height)
             left, top, right, bottom = (float(np.clip(v, 0, 1)) for v in (left, top, right, bottom))
             box = TextBox(left, top, right, bottom, float(score))
-            # On blank or misty frames the network now and then calls half the picture one line of text.
-            if box.score >= self._min_score and 0 < box.area <= self._max_box_area:
+            # On blank or misty frames the network now and then calls half the picture one line of text, and it takes any
+            # ring for an O: a lone glyph as tall as a seventh of the picture is hardly ever writing.
+            glyph = (bottom - top) > 0.14 and (right - left) * width < 1.6 * (bottom - top) * height
+            if box.score >= self._min_score and 0 < box.area <= self._max_box_area and not glyph:
                 boxes.append(box)
         return boxes

@@ -30,11 +30,11 @@ class StaticOverlay:
         moving = self._frames_that_differ(frames)
         if len(moving) < self._min_frames:
             return Overlay(None, 0.0, None)
-        steady, lively = _steady_edges(moving)
+        steady, lively, gradient = _steady_edges(moving)
         _drop_straight_borders(steady)
         if not steady.any():
             return Overlay(0.0, 0.0, None)
-        return _verdict(steady, lively, np.stack(moving).std(axis=0, dtype=np.float32))
+        return _verdict(steady, lively, gradient, np.stack(moving).std(axis=0, dtype=np.float32))
 
     def _frames_that_differ(self, frames: np.ndarray) -> list[np.ndarray]:
         picked: list[np.ndarray] = []
@@ -57,8 +57,9 @@ def _moved(a: np.ndarray, b: np.ndarray) -> float:
     return float((np.abs(difference - np.median(difference)) > 10).mean())
 
 
-def _steady_edges(frames: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Masks [H, W]: edges that keep place and direction in nearly all frames, and all places that ever have edges.
+def _steady_edges(frames: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Edges that keep place and direction in nearly all frames, places that ever have edges (both bool [H, W]), and the
+    mean gradient [H, W, 2].
 
     The 15th percentile over frames decides, not the mean: an edge that lasts for one long shot is no overlay.
     """
@@ -75,7 +76,7 @@ def _steady_edges(frames: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
             mean_dy[rows, columns] / strength
         )
         steady[rows, columns] = np.percentile(along, 15, axis=0) > 0.45 * strength
-    return steady, lively
+    return steady, lively, np.stack([mean_dx, mean_dy], axis=-1)
 
 
 def _drop_straight_borders(steady: np.ndarray) -> None:
@@ -87,17 +88,27 @@ def _drop_straight_borders(steady: np.ndarray) -> None:
         steady[:, max(0, line - 1) : line + 2] = False
 
 
-def _verdict(steady: np.ndarray, lively: np.ndarray, change: np.ndarray) -> Overlay:
+def _edges_in_two_directions(gradient: np.ndarray) -> bool:
+    """Whether gradients [N, 2] point more than one way. Lines that travel along themselves (a wall's joints in a pan) do not."""
+    tensor = gradient.T @ gradient
+    low, high = np.linalg.eigvalsh(tensor)
+    return bool(low > 0.12 * high)
+
+
+def _verdict(steady: np.ndarray, lively: np.ndarray, gradient: np.ndarray, change: np.ndarray) -> Overlay:
     """Join steady edges into groups; the best group must be compact and alone among moving edges."""
     height, width = steady.shape
-    reach = cv2.getStructuringElement(cv2.MORPH_RECT, (13, 7))
+    reach = cv2.getStructuringElement(cv2.MORPH_RECT, (9, 5))
     joined = cv2.morphologyEx(steady.astype(np.uint8), cv2.MORPH_CLOSE, reach)
     count, labels, stats, _ = cv2.connectedComponentsWithStats(joined)
     edges = np.bincount(labels[steady], minlength=count)
     best, best_score = 0, 0.0
     for i in range(1, count):
-        area_ratio = float(stats[i, cv2.CC_STAT_WIDTH] * stats[i, cv2.CC_STAT_HEIGHT]) / steady.size
-        if edges[i] >= 24 and area_ratio < 0.15 and edges[i] > best_score:
+        area = float(stats[i, cv2.CC_STAT_WIDTH] * stats[i, cv2.CC_STAT_HEIGHT])
+        # Lettering and logos are dense with edges; a few specks that closing has joined are not.
+        if edges[i] >= 24 and area < 0.15 * steady.size and edges[i] > 0.14 * area and edges[i] > best_score:
+            if not _edges_in_two_directions(gradient[steady & (labels == i)]):
+                continue
             best, best_score = i, float(edges[i])
     if not best:
         return Overlay(0.0, 0.0, None)

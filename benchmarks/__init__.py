@@ -1,0 +1,1 @@
+"""Measurements of OpenWaver. Each is a script: ``python benchmarks/NAME.py --help``; results with ``--save``."""
