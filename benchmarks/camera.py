@@ -15,6 +15,7 @@ of the 480p tier.
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -46,6 +47,7 @@ _SHAKES = {"slow": 0.008, "medium": 0.012, "fast": 0.02}  # rms, short sides
 _SIZES = {"landscape": (640, 360), "portrait": (360, 640)}
 _FPS = (24, 25, 30)
 _LINES = ("Some of them take the long way round,", "", "others cross the picture at once.", "None of them looks back.")
+Row = tuple[Any, ...]
 app = common.new_app()
 
 
@@ -125,8 +127,8 @@ def judge_camera(all_cases: Sequence[Case], rows: Sequence[dict[str, Any]]) -> d
     left_over = [row["motion_foreground_px"] for _, row in still]
     gate = load_config().tiers["480p"]["motion"].min or 0.0
     moving = [(case, row) for case, row in pairs if case.shapes == 1 and case.camera == "static"]
-    size = [(row["motion_short_side_px"], row["motion_fps"]) for _, row in pairs][0]
-    ratio = [row["motion_foreground_px"] / expected_foreground_px(case.video, *size) for case, row in moving]
+    size_px, rate = rows[0]["motion_short_side_px"], rows[0]["motion_fps"]
+    ratio = [row["motion_foreground_px"] / expected_foreground_px(case.video, size_px, rate) for case, row in moving]
     contrast = [row["motion_foreground_px"] / max(row["motion_background_px"], 1e-3) for _, row in moving]
     confusion = Counter((case.camera, row["motion_camera"]) for case, row in pairs)
     return {
@@ -195,12 +197,12 @@ def judge_overlays(
 ) -> tuple[dict[str, Any], list[tuple[Any, ...]]]:
     """Precision and recall of every flag over the clips of the videos, and the wrong clips."""
     paths = common.rendered([video for video, _ in videos], work, jobs)
-    config = load_config(common.config_file(work / "open.yaml", tiers={"all": {"any": {"column": "duration_s", "min": 0}}}))
     gates = load_config().tiers["480p"]
-    listed = work / f"overlays-{common.digest(paths)}.csv"
-    listed.write_text("uri\n" + "".join(f"{path}\n" for path in paths))
-    output = work / f"overlays-{common.digest(paths, config.digest)}"
-    clips = run_funnel(config, str(listed), str(output), run_serial, Console(quiet=True)).clips.to_pylist()
+    # A fresh output each time: the funnel would take up stored scores again while their code is being changed.
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        config = load_config(common.config_file(Path(folder) / "open.yaml", tiers=common.OPEN_TIERS))
+        listed = common.input_list(Path(folder) / "list.csv", paths)
+        clips = run_funnel(config, str(listed), f"{folder}/out", run_serial, Console(quiet=True)).clips.to_pylist()
     wanted = {str(path): (video, flags) for path, (video, flags) in zip(paths, videos, strict=True)}
     counts: Counter[tuple[str, bool, bool]] = Counter()
     wrong, border_errors = [], []

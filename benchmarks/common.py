@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import cv2
-import psutil
+import psutil  # type: ignore[import-untyped]
 import typer
 import yaml
 from rich.console import Console
@@ -44,6 +44,9 @@ Save = Annotated[bool, typer.Option("--save", help="Write the figures to benchma
 Jobs = Annotated[int, typer.Option("--jobs", help="Processes that render and decode.", min=1)]
 WORK_DEFAULT = ROOT / "out" / "bench"
 JOBS_DEFAULT = os.cpu_count() or 1
+
+OPEN_TIERS: dict[str, Any] = {"all": {"any": {"column": "duration_s", "min": 0}}}
+"""A tier that keeps everything, so that every stage scores every clip."""
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -126,6 +129,14 @@ def rounded(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
+def scores(true: int, hit: int, false: int) -> dict[str, float | None]:
+    """Counts of what is there, of it found, and wrongly reported, with precision, recall and F1 (None where undefined)."""
+    precision = hit / (hit + false) if hit + false else None
+    recall = hit / true if true else None
+    f1 = 2 * hit / (2 * hit + false + true - hit) if true + false else None
+    return {"true": true, "found": hit, "false": false, "precision": precision, "recall": recall, "f1": f1}
+
+
 def digest(*parts: Any) -> str:
     """Twelve hex digits of anything with a faithful `repr`."""
     return hashlib.blake2b("\n".join(map(repr, parts)).encode(), digest_size=6).hexdigest()
@@ -170,17 +181,18 @@ def _render(item: tuple[Video, Path]) -> None:
 
 
 class Usage:
-    """Processor seconds and memory of this process's children (and theirs) while a block runs, by sampling.
+    """Wall and processor seconds, and with `memory` the memory, of the processes started while a block runs, and theirs.
 
-    Memory that processes share (Ray's object store, libraries) counts once: `peak_pss_mb` divides each shared page by the
-    number of its users; `peak_uss_mb` is the largest sum of what each has to itself; `peak_rss_mb` counts shared pages
-    once for each process. `series` holds (seconds, USS in MB of the largest process) per sample.
+    Processor seconds of a process that nobody waits for (Ray's are such) come from samples and lack its last half second.
+    Memory that processes share (Ray's object store, libraries) counts once in `peak_pss_mb`, which divides a shared page
+    by the number of its users; `peak_uss_mb` is the sum of what each has to itself; `peak_rss_mb` counts shared pages for
+    each process anew. `series` holds (seconds, MB of the largest process's own memory) per sample.
     """
 
-    def __init__(self, interval_s: float = 0.25) -> None:
-        self.interval_s = interval_s
+    def __init__(self, memory: bool = False, interval_s: float = 0.5) -> None:
+        self._memory, self._interval_s = memory, interval_s
         self.wall_s = self.cpu_s = 0.0
-        self.peak_pss_mb = self.peak_uss_mb = self.peak_rss_mb = self.peak_process_uss_mb = 0.0
+        self.peaks = dict.fromkeys(("peak_pss_mb", "peak_uss_mb", "peak_rss_mb", "peak_process_uss_mb"), 0.0)
         self.series: list[tuple[float, float]] = []
         self._cpu: dict[tuple[int, float], float] = {}
         self._stop = threading.Event()
@@ -188,8 +200,8 @@ class Usage:
 
     def __enter__(self) -> Usage:
         self._me = psutil.Process()
-        self._own = _reaped_s()
-        self._known = {p.pid for p in self._me.children(recursive=True)}
+        self._reaped_before_s = _reaped_s()
+        self._others = {p.pid for p in self._me.children(recursive=True)}
         self._started = time.perf_counter()
         self._thread.start()
         return self
@@ -198,38 +210,38 @@ class Usage:
         self.wall_s = time.perf_counter() - self._started
         self._stop.set()
         self._thread.join()
-        # Ended children are accounted for exactly by the system, unless they were orphaned (Ray's are); then by samples.
-        self.cpu_s = max(_reaped_s() - self._own, sum(self._cpu.values()))
+        self.cpu_s = max(_reaped_s() - self._reaped_before_s, sum(self._cpu.values()))
 
     def _watch(self) -> None:
-        while True:
+        while not self._stop.is_set():
             self._sample()
-            if self._stop.wait(self.interval_s):
-                return
+            self._stop.wait(self._interval_s)
 
     def _sample(self) -> None:
-        pss = uss = rss = largest = 0.0
+        now = dict.fromkeys(self.peaks, 0.0)
         for process in self._me.children(recursive=True):
-            if process.pid in self._known:
+            if process.pid in self._others:
                 continue
             try:
                 with process.oneshot():
                     times = process.cpu_times()
-                    memory = process.memory_full_info()
                     self._cpu[process.pid, process.create_time()] = times.user + times.system
+                    if not self._memory:
+                        continue
+                    memory = process.memory_full_info()
             except (psutil.NoSuchProcess, psutil.AccessDenied):
                 continue
-            here = memory.uss / 2**20
-            pss += getattr(memory, "pss", memory.uss) / 2**20
-            uss, rss, largest = uss + here, rss + memory.rss / 2**20, max(largest, here)
-        self.series.append((time.perf_counter() - self._started, largest))
-        self.peak_pss_mb, self.peak_uss_mb = max(self.peak_pss_mb, pss), max(self.peak_uss_mb, uss)
-        self.peak_rss_mb, self.peak_process_uss_mb = max(self.peak_rss_mb, rss), max(self.peak_process_uss_mb, largest)
+            own_mb = memory.uss / 2**20
+            now["peak_pss_mb"] += getattr(memory, "pss", memory.uss) / 2**20
+            now["peak_uss_mb"] += own_mb
+            now["peak_rss_mb"] += memory.rss / 2**20
+            now["peak_process_uss_mb"] = max(now["peak_process_uss_mb"], own_mb)
+        self.series.append((time.perf_counter() - self._started, now["peak_process_uss_mb"]))
+        self.peaks = {name: max(peak, now[name]) for name, peak in self.peaks.items()}
 
     def figures(self) -> dict[str, float]:
         """The totals, for a result file."""
-        names = ("wall_s", "cpu_s", "peak_pss_mb", "peak_uss_mb", "peak_rss_mb", "peak_process_uss_mb")
-        return {name: getattr(self, name) for name in names}
+        return {"wall_s": self.wall_s, "cpu_s": self.cpu_s, **(self.peaks if self._memory else {})}
 
 
 def _reaped_s() -> float:
@@ -245,4 +257,10 @@ def config_file(path: Path, *, tiers: dict[str, Any] | None = None) -> Path:
         raw |= {"tiers": tiers, "profiles": {}}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(raw, sort_keys=False))
+    return path
+
+
+def input_list(path: Path, files: Sequence[Path]) -> Path:
+    """A list of sources as the funnel's --input takes it."""
+    path.write_text("uri\n" + "".join(f"{file}\n" for file in files))
     return path

@@ -37,6 +37,8 @@ from curation.shots import Transition
 from curation.shots_pass import _small as small_frame
 from curation.stage import SourceFacts, StreamFrame, load_stages
 from curation.stages import segment
+from waver_core import synthetic
+from waver_core import video as video_module
 from waver_core.backends.embedded import color_layout
 from waver_core.config import load_config
 from waver_core.synthetic import CAMERAS, Video, random_video, truth
@@ -116,6 +118,10 @@ def collection(n_videos: int, n_shots: int, seed: int, alike: bool = False) -> l
     return videos
 
 
+def _twice_as_long(transition: synthetic.Transition) -> synthetic.Transition:
+    return replace(transition, duration_frames=max(0, 2 * transition.duration_frames - 1))
+
+
 def case_of(video: Video, path: Path) -> Case:
     """The truth in the product's own words."""
     known = truth(video)
@@ -131,7 +137,7 @@ def case_of(video: Video, path: Path) -> Case:
 def small_frames(path: str, cache: Path | None) -> tuple[np.ndarray, VideoInfo]:
     """All frames as the product's watchers see them, uint8 [T, h, w, 3]; kept as a file that is mapped, not read."""
     stat = Path(path).stat()
-    key = common.digest(path, stat.st_size, stat.st_mtime_ns, common.source_digest(shots_pass))
+    key = common.digest(path, stat.st_size, stat.st_mtime_ns, common.source_digest(shots_pass, video_module))
     stored = cache / f"frames-{key}.npy" if cache else None
     if stored is not None and stored.exists():
         return np.load(stored, mmap_mode="r"), pickle.loads(stored.with_suffix(".info").read_bytes())
@@ -268,11 +274,7 @@ class Tally:
         out: dict[str, Any] = {}
         for name, kinds in (("cut", ["cut"]), ("gradual", sorted(set(self.true) - {"cut"}))):
             true, hit = sum(self.true[k] for k in kinds), sum(self.hit[k] for k in kinds)
-            precision = hit / (hit + self.false[name]) if hit + self.false[name] else None
-            recall = hit / true if true else None
-            f1 = 2 * precision * recall / (precision + recall) if precision and recall else 0.0
-            scores = {"precision": precision, "recall": recall, "f1": f1}
-            out[name] = {"true": true, "found": hit, "false": self.false[name], **scores}
+            out[name] = common.scores(true, hit, self.false[name])
         out["recall_by_kind"] = {k: {"true": n, "found": self.hit[k]} for k, n in sorted(self.true.items()) if n}
         if self.errors:
             start, end = np.abs(np.array(self.errors)).mean(axis=0)

@@ -37,8 +37,17 @@ class CameraRules:
     """How many times larger one kind of move must be than the next to name the clip."""
 
 
-def fit_step(flow: np.ndarray, grey: np.ndarray | None = None) -> tuple[CameraStep, np.ndarray]:
-    """Similarity that explains most of a flow field [H, W, 2], and the residual's magnitude [H/2, W/2] in px.
+class FittedStep(NamedTuple):
+    """The camera's move between two frames, what the flow has beyond it, and the whole model (affine [2, 3] about the centre)."""
+
+    camera: CameraStep
+    residual_px: np.ndarray
+    """float32 [H/2, W/2]"""
+    affine: np.ndarray
+
+
+def fit_step(flow: np.ndarray, grey: np.ndarray | None = None) -> FittedStep:
+    """Similarity that explains most of a flow field [H, W, 2], and the residual's magnitude in px.
 
     grey: the first frame, uint8 [H, W]; flow is then believed only where it has texture, for on a blank wall it is noise.
     RANSAC on a grid, then a least-squares affine fit to what agrees, so that a subject of under half the picture does
@@ -68,7 +77,34 @@ def fit_step(flow: np.ndarray, grey: np.ndarray | None = None) -> tuple[CameraSt
     rest_y = half[..., 1] - (affine[1, 0] * grid_x + (affine[1, 1] - 1) * grid_y + affine[1, 2])
     scale = float(np.hypot(matrix[0, 0], matrix[1, 0]))
     turn = float(np.arctan2(matrix[1, 0], matrix[0, 0]))
-    return CameraStep(float(matrix[0, 2]), float(matrix[1, 2]), scale, turn), cv2.magnitude(rest_x, rest_y)
+    camera = CameraStep(float(matrix[0, 2]), float(matrix[1, 2]), scale, turn)
+    return FittedStep(camera, cv2.magnitude(rest_x, rest_y), affine)
+
+
+def drop_explained(mask: np.ndarray, first: np.ndarray, second: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """Foreground mask [H/2, W/2] without the regions that the camera's move explains after all.
+
+    Flow errs at the picture's edges and along stripes. So a region stays only if the second frame, moved back by the
+    camera's model, differs from the first (uint8 [H, W] grey) in a fair part of it; what left the frame counts as equal.
+    """
+    if not mask.any():
+        return mask
+    height, width = mask.shape
+    a, b = (cv2.resize(f, (width, height), interpolation=cv2.INTER_AREA) for f in (first, second))
+    centre = np.array([width / 2, height / 2])
+    half = affine.astype(np.float64).copy()
+    half[:, 2] = half[:, 2] / 2 + centre - half[:, :2] @ centre
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    moved = cv2.warpAffine(b, half, (width, height), flags=flags, borderMode=cv2.BORDER_REPLICATE)
+    inside = cv2.warpAffine(np.full_like(b, 255), half, (width, height), flags=flags) > 250
+    differs = ((cv2.absdiff(a, moved) > 12) & inside).astype(np.float64)
+    count, labels = cv2.connectedComponents(mask.astype(np.uint8))
+    share = np.bincount(labels.ravel(), differs.ravel(), minlength=count) / np.maximum(
+        1, np.bincount(labels.ravel(), minlength=count)
+    )
+    keep = share > 0.12
+    keep[0] = False
+    return keep[labels]
 
 
 def _refine(points: np.ndarray, moved: np.ndarray, matrix: np.ndarray) -> np.ndarray:

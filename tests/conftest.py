@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-from waver_core.synthetic import Video, truth, write_video
+from waver_core.synthetic import Video, write_video
 from waver_core.synthetic.render import render
 from waver_core.video import open_video, resize
 

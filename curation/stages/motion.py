@@ -15,7 +15,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from curation import stage
-from curation.camera import CameraRules, fit_step, label_camera
+from curation.camera import CameraRules, CameraStep, drop_explained, fit_step, label_camera
 from curation.stage import ClipMedia, FrameRequest, Row
 from waver_core.backends.contracts import FlowEstimator, ForegroundSegmenter
 from waver_core.config import Strict
@@ -32,7 +32,7 @@ class Options(Strict):
     foreground_backend_options: dict[str, Any] = {}
     short_side_px: int = Field(256, ge=64)
     fps: float = Field(8.0, gt=0)
-    min_foreground_ratio: float = Field(0.004, ge=0)
+    min_foreground_ratio: float = Field(0.005, ge=0)
     """A smaller foreground, as a share of the picture over the clip, counts as none."""
     min_active_px: float = Field(0.1, gt=0)
     """Mean flow of a step from which on it counts as active; a slide that flips is one step among many at rest."""
@@ -91,13 +91,12 @@ class Stage(stage.Stage):
         # Frames fall where the source has them; scale every step to the stated rate and size.
         unit = (1 / (np.diff(times_s) * self.options.fps)) * (self.options.short_side_px / min(rgb.shape[1:3]))
         flow = self._flow.flow(rgb)
-        fitted = [fit_step(f, cv2.cvtColor(rgb[t], cv2.COLOR_RGB2GRAY)) for t, f in enumerate(flow)]
-        residual = np.stack([r for _, r in fitted])
+        grey = [cv2.cvtColor(f, cv2.COLOR_RGB2GRAY) for f in rgb]
+        fitted = [fit_step(f, grey[t]) for t, f in enumerate(flow)]
+        residual = np.stack([f.residual_px for f in fitted])
         mask = self._segmenter.segment(rgb, residual)
-        steps = [
-            s._replace(shift_x_px=s.shift_x_px * k, shift_y_px=s.shift_y_px * k, scale=s.scale**k, turn_rad=s.turn_rad * k)
-            for (s, _), k in zip(fitted, np.asarray(unit, float), strict=True)
-        ]
+        mask = np.stack([drop_explained(m, grey[t], grey[t + 1], fitted[t].affine) for t, m in enumerate(mask)])
+        steps = [_scaled(f.camera, float(k)) for f, k in zip(fitted, unit, strict=True)]
         o = self.options
         rules = CameraRules(o.min_move_px, o.min_shake_px, o.dominance)
         speed = np.hypot(flow[:, ::2, ::2, 0], flow[:, ::2, ::2, 1])
@@ -114,6 +113,11 @@ class Stage(stage.Stage):
             "motion_short_side_px": o.short_side_px,
             "motion_fps": o.fps,
         }
+
+
+def _scaled(step: CameraStep, unit: float) -> CameraStep:
+    """A camera step brought to the stated size and rate."""
+    return CameraStep(step.shift_x_px * unit, step.shift_y_px * unit, step.scale**unit, step.turn_rad * unit)
 
 
 def _masked_mean(values: np.ndarray, mask: np.ndarray, unit: np.ndarray) -> float:

@@ -11,8 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from curation.selection import preview
 from curation.gates import tier_gates
+from curation.selection import preview
 from curation.stage import load_stages
 from waver_core.config import load_config
 from waver_core.errors import RunFailed, UserError

@@ -197,7 +197,6 @@ def test_a_logo_over_a_moving_picture_is_found(
 def test_a_moving_picture_without_a_logo_has_none(backend: tuple[str, str], seed: int, frames_of: Callable) -> None:
     found = build(*backend).score(frames_of(logo_clip(seed, logo=False)))
     assert found.probability is not None and found.probability <= 0.3
-    assert found.box is None or found.area_ratio > 0
 
 
 @each("watermark_scorer")
