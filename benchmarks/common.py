@@ -15,6 +15,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -62,14 +63,14 @@ def console() -> Console:
     return Console(highlight=False, width=None if sys.stdout.isatty() else 150)
 
 
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], out: Console | None = None) -> None:
-    """First column to the left, the rest to the right; floats with three significant digits, None as a dash."""
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], left: Sequence[int] = (0,)) -> None:
+    """Columns to the right, those numbered in `left` to the left; floats at three significant digits, None as a dash."""
     table = Table(title=title, title_justify="left", header_style="bold")
     for number, name in enumerate(columns):
-        table.add_column(name, justify="right" if number else "left", overflow="fold")
+        table.add_column(name, justify="left" if number in left else "right", overflow="fold")
     for row in rows:
         table.add_row(*(_cell(value) for value in row))
-    (out or console()).print(table)
+    console().print(table)
 
 
 def _cell(value: Any) -> str:
@@ -264,3 +265,22 @@ def input_list(path: Path, files: Sequence[Path]) -> Path:
     """A list of sources as the funnel's --input takes it."""
     path.write_text("uri\n" + "".join(f"{file}\n" for file in files))
     return path
+
+
+def run_measured(command: Sequence[str]) -> dict[str, Any]:
+    """Run a command at the root to its end: {wall_s, cpu_s, peak_rss_mb, output}, as the kernel counts them for this child.
+
+    Raises SystemExit with what the command printed when it fails.
+    """
+    with tempfile.TemporaryFile("w+") as printed:
+        started = time.perf_counter()
+        process = subprocess.Popen(command, cwd=ROOT, stdout=printed, stderr=subprocess.STDOUT)
+        _, status, spent = os.wait4(process.pid, 0)
+        wall_s = time.perf_counter() - started
+        process.returncode = os.waitstatus_to_exitcode(status)
+        printed.seek(0)
+        output = printed.read()
+    if process.returncode:
+        raise SystemExit(f"{shlex.join(command)} failed:\n{output[-3000:]}")
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return {"wall_s": wall_s, "cpu_s": spent.ru_utime + spent.ru_stime, "peak_rss_mb": spent.ru_maxrss / unit, "output": output}

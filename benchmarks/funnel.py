@@ -101,7 +101,7 @@ def without_text() -> list[str]:
     gates = {
         f"tiers.{t}.{name}" for t, gates in tiers.items() for name, g in gates.items() if g.column.startswith("overlay_text")
     }
-    return ["funnel.stages.overlay.text_backend=null", *(f"{gate}={{column: duration_s, min: 0}}" for gate in sorted(gates))]
+    return ["funnel.stages.overlay.text_backend=null", *(f"{gate}={{column: duration_s, min: 0}}" for gate in gates)]
 
 
 def run_funnel(source: str, overrides: Sequence[str], memory: bool = False) -> dict[str, Any]:
@@ -135,12 +135,8 @@ def measure(paths: Sequence[Path], source: str, repeat: int, cores: int, with_me
             runs[name].append(run_funnel(source, sets))
     decode = {"processes": _medians(plain), "threads": _medians(threaded)}
     floor = min(decode.values(), key=lambda d: d["wall_s"])
-    figures: dict[str, Any] = {
-        "cores": cores,
-        "files": len(paths),
-        **{k: floor.pop(k) for k in ("video_s", "frames")},
-        "decode": decode,
-    }
+    facts = {name: floor[name] for name in ("video_s", "frames")}
+    figures: dict[str, Any] = {"cores": cores, "files": len(paths), **facts, "decode": decode}
     figures["bare_decode"] = floor
     for name, sets in overrides.items():
         run = _medians(runs[name])
@@ -150,7 +146,7 @@ def measure(paths: Sequence[Path], source: str, repeat: int, cores: int, with_me
         run["worker_wall_s"] = run["worker_s"] / cores
         run["ratio"] = {k: run[k] / floor["wall_s"] for k in ("wall_s", "run_s", "worker_wall_s")}
         run["ratio"]["cpu_s"] = run["cpu_s"] / floor["cpu_s"]
-        run["ratio"]["worker_cpu_s"] = run["worker_s"] / floor["cpu_s"]
+        run["ratio"]["worker_s"] = run["worker_s"] / floor["cpu_s"]
         run["real_time_factor"] = figures["video_s"] / run["wall_s"]
         figures[name] = run
     return figures
@@ -158,12 +154,11 @@ def measure(paths: Sequence[Path], source: str, repeat: int, cores: int, with_me
 
 def _medians(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Median of every number, mappings included."""
-    return {
-        key: _medians([run.get(key, {}) for run in runs])
-        if isinstance(value, dict)
-        else median(run.get(key, 0.0) for run in runs)
-        for key, value in runs[0].items()
-    }
+    out: dict[str, Any] = {}
+    for key, value in runs[0].items():
+        values = [run.get(key, {} if isinstance(value, dict) else 0.0) for run in runs]
+        out[key] = _medians(values) if isinstance(value, dict) else median(values)
+    return out
 
 
 def report(figures: dict[str, Any]) -> None:
@@ -178,14 +173,8 @@ def report(figures: dict[str, Any]) -> None:
         run, ratio = figures[name], figures[name]["ratio"]
         rows.append((label, run["wall_s"], ratio["wall_s"], run["cpu_s"], ratio["cpu_s"], run["real_time_factor"]))
         rows.append(("  after Ray's start", run["run_s"], ratio["run_s"], None, None, video_s / run["run_s"]))
-        worker = (
-            run["worker_wall_s"],
-            ratio["worker_wall_s"],
-            run["worker_s"],
-            ratio["worker_cpu_s"],
-            video_s / run["worker_wall_s"],
-        )
-        rows.append(("  its workers alone", *worker))
+        alone = run["worker_wall_s"]
+        rows.append(("  its workers alone", alone, ratio["worker_wall_s"], run["worker_s"], ratio["worker_s"], video_s / alone))
     common.print_table(title, ("", "wall s", "x bare", "cpu s", "x bare cpu", "x real time"), rows)
     stages = figures["with_text"]["stages_s"] | figures["without_text"]["stages_s"]
     shares = []
@@ -196,9 +185,8 @@ def report(figures: dict[str, Any]) -> None:
     common.print_table("Workers' seconds by stage", ("stage", "with text", "share", "without text", "share"), shares)
     keys = ("clips", "clips_not_fully_scored", "peak_pss_mb", "peak_uss_mb", "peak_rss_mb", "peak_process_uss_mb")
     runs = [(name, *(figures[name].get(k) for k in keys)) for name in ("with_text", "without_text")]
-    common.print_table(
-        "Memory of the process tree", ("run", "clips", "cut short", "PSS MB", "USS MB", "RSS MB", "largest USS MB"), runs
-    )
+    columns = ("run", "clips", "cut short", "PSS MB", "USS MB", "RSS MB", "largest USS MB")
+    common.print_table("Memory of the process tree", columns, runs)
 
 
 @app.command()

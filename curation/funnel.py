@@ -10,7 +10,7 @@ import json
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -206,7 +206,7 @@ def _run_pass(
             progress.advance(summary["bytes"], failed=summary["failed"])
             failed = sum(reasons.values())
             if done >= budget.min_items and failed > budget.max_share * done:
-                common = ", ".join(f"{n} {reason}" for reason, n in reasons.most_common(3))
+                common = ", ".join(f"{n} {reason}" for reason, n in _commonest(reasons.elements()))
                 raise RunFailed(
                     f"stopped: {failed} of {done} sources failed in the pass '{name}' ({common}), more than "
                     f"funnel.failure_budget.max_share = {budget.max_share:g}. What is done is kept; run again to go on"
@@ -328,13 +328,18 @@ def _refuse_empty(sources: list[Row], clips: pa.Table, counts: dict[str, Any]) -
     """A run in which nothing survived is no success; say what did it."""
     media = [s for s in sources if s["status"] != "ignored"]
     if not any(s["status"] == "ok" for s in media):
-        common = Counter(s["reason"] for s in media or sources).most_common(3)
+        common = _commonest(s["reason"] for s in media or sources)
         raise RunFailed(f"no source could be used: {', '.join(f'{n} {r}' for r, n in common)}")
     if not clips.num_rows:
         raise RunFailed("no clips were found in any source")
     if not any(c.clips for c in counts.values()):
-        common = Counter(clips["reject_reason"].to_pylist()).most_common(3)
+        common = _commonest(clips["reject_reason"].to_pylist())
         raise RunFailed(f"nothing survived: of {len(clips)} clips, {', '.join(f'{n} fell to {r}' for r, n in common)}")
+
+
+def _commonest(reasons: Iterable[str]) -> list[tuple[str, int]]:
+    """The three most frequent reasons, ties by name."""
+    return sorted(Counter(reasons).items(), key=lambda pair: (-pair[1], pair[0]))[:3]
 
 
 def _read_if_there(uri: str) -> bytes | None:

@@ -12,7 +12,9 @@
   const calm = window.matchMedia("(prefers-reduced-motion: reduce)");
   const columnAt = report.columnAt = new Map(columns.map((column, index) => [column.name, index]));
   const gated = tiers.flatMap((tier) => Object.values(tier.gates).map((gate) => gate.column));
-  const keyColumns = [...new Set(gated)].filter((name) => columns[columnAt.get(name)]?.number);
+  // Looks, text and motion tell clips apart; length and size are alike on most of them and come after.
+  const telling = [...new Set(gated)].filter((name) => columns[columnAt.get(name)]?.number);
+  const keyColumns = [...telling.filter((name) => /score$|area_ratio$|foreground_px$/.test(name)), ...telling];
   const errors = columns.flatMap((column, index) => (column.error ? [index] : []));
   const searched = columns.flatMap((column, index) => (column.number ? [] : [index]));
   let found = [];

@@ -190,8 +190,8 @@ def ledger_rows(ledger: Mapping[str, Any]) -> list[dict[str, Any]]:
         rows.append(
             {
                 "stage": stage["stage"],
-                "rows_in": int(stage.get("rows_in") or 0),
-                "kept": int(stage.get("kept") or 0),
+                "rows_in": stage.get("rows_in"),
+                "kept": stage.get("kept"),
                 "rejected": dict(sorted(rejected.items(), key=lambda pair: -pair[1])),
                 "errors": int(stage.get("errors") or 0),
                 "seconds": seconds,

@@ -86,7 +86,8 @@ def _expand(uri: str) -> list[str]:
     fs, path = storage.filesystem(uri)
     local = storage.is_local(uri)
     if any(mark in path for mark in "*?["):
-        names = [str(n) for n in fs.glob(path) if not fs.isdir(n)]
+        # as in a shell, * does not match hidden files
+        names = [n for n in map(str, fs.glob(path)) if not n.rsplit("/", 1)[-1].startswith(".") and not fs.isdir(n)]
     elif fs.isfile(path):
         names = [path]
     elif fs.isdir(path):

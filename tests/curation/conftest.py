@@ -61,3 +61,9 @@ def undisturbed(collection: Path, tmp_path_factory: pytest.TempPathFactory, cura
     rows: list[dict[str, Any]] = rows_of(output)
     assert len(rows) >= 8
     return rows
+
+
+@pytest.fixture(scope="session")
+def sizes() -> tuple[str, ...]:
+    """The overrides that `curate` uses, for runs in another process."""
+    return SIZES
