@@ -116,7 +116,7 @@ class ShotsPass:
             if "technical" in watchers:
                 watchers["technical"].bytes_read = video.bytes_read
             declared_s = video.info.duration_s or 0.0
-            if last_s < 0.9 * declared_s - 1.0:
+            if last_s < declared_s - max(0.3, 0.02 * declared_s):
                 bad = f"{bad + '; ' if bad else ''}breaks off at {last_s:.1f} s of {declared_s:.1f} s"
             gap_s = (longest_run + 1) / (video.info.fps or 25.0)
             return (

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curation.camera import LABELS, CameraRules, CameraStep, fit_step, label_camera
+from curation.camera import LABELS, CameraRules, CameraStep, drop_explained, fit_step, label_camera
 
 HEIGHT, WIDTH = 144, 256
 SIZE = (456, 256)
@@ -96,6 +97,23 @@ def test_flow_without_any_model_gives_finite_numbers() -> None:
         found, residual = fit_step(flow)[:2]
         assert np.isfinite(found).all() and np.isfinite(residual).all()
     assert_close(fit_step(np.zeros_like(wild))[0], CameraStep(0, 0, 1, 0))
+
+
+def test_foreground_that_the_camera_explains_is_dropped_and_a_true_subject_stays() -> None:
+    rng = np.random.default_rng(0)
+    world = cv2.GaussianBlur(rng.integers(0, 256, (HEIGHT + 40, WIDTH + 40)).astype(np.uint8), (0, 0), 1.5)
+    world = cv2.normalize(world, None, 0, 255, cv2.NORM_MINMAX)
+    first, second = world[20:-20, 20:-20].copy(), world[20:-20, 26:-14].copy()  # the picture moves 6 px to the left
+    first[20:60, 40:80], second[20:60, 70:110] = 255, 255  # a subject that goes right
+    affine = np.array([[1.0, 0, -6.0], [0, 1.0, 0]], np.float32)
+    mask = np.zeros((HEIGHT // 2, WIDTH // 2), bool)
+    mask[10:30, 20:40] = True  # the subject
+    mask[45:60, 80:110] = True  # an error of the flow
+    mask[40:70, 0:3] = True  # what leaves the frame
+    kept = drop_explained(mask, first, second, affine)
+    assert kept[10:30, 20:40].all()
+    assert kept.sum() == 20 * 20
+    assert not drop_explained(np.zeros_like(mask), first, second, affine).any()
 
 
 # --- labels ------------------------------------------------------------------------------------------------------------

@@ -72,7 +72,10 @@ WRONG = {
         ["--input", "{here}/videos", "--output", "{here}/out", "--config", "{here}/none.yaml"],
         "no configuration file at ",
     ),
-    "configuration is no YAML": (["--input", "{here}/videos", "--output", "{here}/out", "--config", "{here}/bad.yaml"], "no valid YAML"),
+    "configuration is no YAML": (
+        ["--input", "{here}/videos", "--output", "{here}/out", "--config", "{here}/bad.yaml"],
+        "no valid YAML",
+    ),
     "configuration is a folder": (["--input", "{here}/videos", "--output", "{here}/out", "--config", "{here}"], "cannot be read"),
 }
 

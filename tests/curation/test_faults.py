@@ -16,11 +16,11 @@ from curation.shots_pass import ShotsPass
 from curation.workfolder import WorkFolder
 from waver_core.config import load_config
 from waver_core.errors import RunFailed
-from waver_core.synthetic import single_shot, write_video
+from waver_core.synthetic import Background, single_shot, write_video
 
 
 def _good(path: Path, seed: int = 5, **options: Any) -> Path:
-    size = {"width_px": 320, "height_px": 180, "duration_s": 2.5, **options}
+    size = {"width_px": 320, "height_px": 180, "duration_s": 2.5, "background": Background("terrain"), **options}
     write_video(single_shot(seed, camera="pan_left", colour="red", shape="disc", direction="right", **size), path)
     return path
 
@@ -129,7 +129,7 @@ def test_a_run_in_which_every_source_fails_exits_with_the_reasons(broken: Path, 
     source.mkdir()
     for name in ("empty.mp4", "text.mp4", "audio.mp4"):
         (source / name).write_bytes((broken / name).read_bytes())
-    with pytest.raises(RunFailed, match=r"no source could be used: 1 empty, 1 not_media, 1 no_video_stream"):
+    with pytest.raises(RunFailed, match=r"no source could be used: 1 empty, 1 no_video_stream, 1 not_media"):
         curate(source, tmp_path / "out")
 
 

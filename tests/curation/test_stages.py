@@ -490,7 +490,7 @@ class FakeMark:
 
 def score_overlay(
     boxes: list[list[TextBox]], mark: Overlay = Overlay(0.2, 0.0, None), **row: Any
-) -> tuple[dict[str, Any], FakeText]:  # noqa: B008
+) -> tuple[dict[str, Any], FakeText]:
     stage = overlay.Stage(overlay.Options(frames=max(2, len(boxes))))
     text = FakeText(boxes)
     stage.__dict__.update(_text=text, _watermark=FakeMark(mark))
