@@ -146,7 +146,7 @@ def judge_camera(all_cases: Sequence[Case], rows: Sequence[dict[str, Any]]) -> d
             **{
                 f"foreground_px_mean_{kind}": float(np.mean([r["motion_foreground_px"] for c, r in still if c.camera == kind]))
                 for kind in CAMERAS
-                if kind != "static"
+                if any(c.camera == kind for c, _ in still)
             },
         },
         "static_camera_moving_shape": {

@@ -104,12 +104,12 @@ def without_text() -> list[str]:
     return ["funnel.stages.overlay.text_backend=null", *(f"{gate}={{column: duration_s, min: 0}}" for gate in gates)]
 
 
-def run_funnel(source: str, overrides: Sequence[str], memory: bool = False) -> dict[str, Any]:
+def run_funnel(source: str, overrides: Sequence[str], options: Sequence[str] = (), memory: bool = False) -> dict[str, Any]:
     """One run of the command on a fresh output: its times, memory if asked for, and what the ledger says."""
     with tempfile.TemporaryDirectory(prefix="openwaver-bench-") as folder:
         output = f"{folder}/out"
         sets = [part for override in overrides for part in ("--set", override)]
-        command = [sys.executable, "curation/run_funnel.py", "--input", source, "--output", output, *sets]
+        command = [sys.executable, "curation/run_funnel.py", "--input", source, "--output", output, *sets, *options]
         with common.Usage(memory=memory) as usage:
             done = subprocess.run(command, cwd=common.ROOT, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -122,17 +122,20 @@ def run_funnel(source: str, overrides: Sequence[str], memory: bool = False) -> d
     return {**usage.figures(), **run, "clips": len(clips), "clips_not_fully_scored": skipped}
 
 
-def measure(paths: Sequence[Path], source: str, repeat: int, cores: int, with_memory: bool = True) -> dict[str, Any]:
+def measure(
+    paths: Sequence[Path], source: str, repeat: int, cores: int, memory: bool = True, serial: bool = False
+) -> dict[str, Any]:
     """Everything, `repeat` times in turn so that a drift of the machine hits all alike; medians of the repeats."""
     plain: list[dict[str, Any]] = []
     threaded: list[dict[str, Any]] = []
     runs: dict[str, list[dict[str, Any]]] = {"with_text": [], "without_text": []}
     overrides = {"with_text": [], "without_text": without_text()}
+    options = ["--serial"] if serial else []
     for _ in range(repeat):
         plain.append(bare_decode(paths, min(cores, len(paths)), 1))
         threaded.append(bare_decode(paths, 1, 0))
         for name, sets in overrides.items():
-            runs[name].append(run_funnel(source, sets))
+            runs[name].append(run_funnel(source, sets, options))
     decode = {"processes": _medians(plain), "threads": _medians(threaded)}
     floor = min(decode.values(), key=lambda d: d["wall_s"])
     facts = {name: floor[name] for name in ("video_s", "frames")}
@@ -140,10 +143,10 @@ def measure(paths: Sequence[Path], source: str, repeat: int, cores: int, with_me
     figures["bare_decode"] = floor
     for name, sets in overrides.items():
         run = _medians(runs[name])
-        if with_memory:
-            watched = run_funnel(source, sets, memory=True)
+        if memory:
+            watched = run_funnel(source, sets, options, memory=True)
             run |= {k: v for k, v in watched.items() if k.startswith("peak_")}
-        run["worker_wall_s"] = run["worker_s"] / cores
+        run["worker_wall_s"] = run["worker_s"] / (1 if serial else cores)
         run["ratio"] = {k: run[k] / floor["wall_s"] for k in ("wall_s", "run_s", "worker_wall_s")}
         run["ratio"]["cpu_s"] = run["cpu_s"] / floor["cpu_s"]
         run["ratio"]["worker_s"] = run["worker_s"] / floor["cpu_s"]
@@ -195,7 +198,8 @@ def main(
     minutes: Annotated[float, typer.Option(help="Length of the rendered collection.", min=0.02)] = 6.0,
     repeat: Annotated[int, typer.Option(help="Times each is run; medians count.", min=1)] = 1,
     memory: Annotated[bool, typer.Option(help="Sample memory in a further run each.")] = True,
-    seed: Annotated[int, typer.Option(min=0)] = 900,
+    serial: Annotated[bool, typer.Option("--serial", help="Run the funnel in one process, without Ray.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the rendered collection.", min=0)] = 900,
     jobs: common.Jobs = common.JOBS_DEFAULT,
     work: common.Work = common.WORK_DEFAULT,
     save: common.Save = False,
@@ -205,13 +209,13 @@ def main(
     if source is not None:
         listed = load_stages(load_config()).named("ingest").list_input(str(source))
         paths = [Path(f["uri"]) for f in listed if f["kind"] == "video"]
-        figures = measure(paths, str(source.resolve()), repeat, jobs, memory)
+        figures = measure(paths, str(source.resolve()), repeat, jobs, memory, serial)
     else:
         paths = common.rendered(collection(minutes, seed), work, jobs)
         given = common.input_list(work / f"funnel-{common.digest(paths)}.csv", paths)
-        figures = measure(paths, str(given), repeat, jobs, memory)
+        figures = measure(paths, str(given), repeat, jobs, memory, serial)
     report(figures)
-    common.finish("funnel", {"input": str(source or "rendered"), "repeat": repeat, **figures}, save, before)
+    common.finish("funnel", {"input": str(source or "rendered"), "repeat": repeat, "serial": serial, **figures}, save, before)
 
 
 if __name__ == "__main__":

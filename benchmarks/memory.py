@@ -39,9 +39,10 @@ app = common.new_app()
 def segment(seconds: float, height_px: int, seed: int) -> Video:
     """A video of that length, 16:9, of shots of about 4 s with every kind of transition."""
     n_shots = max(1, round(seconds / 4.5))
+    each = (seconds / n_shots, seconds / n_shots)
+    size = (height_px * 16 // 18 * 2, height_px)
     name = f"memory_{height_px}p_{seed}"
-    width_px = height_px * 16 // 18 * 2
-    return random_video(seed, n_shots=n_shots, durations_s=(seconds / n_shots, seconds / n_shots), fps=24, width_px=width_px, height_px=height_px, name=name)
+    return random_video(seed, n_shots=n_shots, durations_s=each, fps=24, width_px=size[0], height_px=size[1], name=name)
 
 
 def repeat_packets(source: Path, target: Path, minutes: float) -> int:
@@ -138,9 +139,7 @@ def report(figures: dict[str, Any]) -> None:
     """Peaks, speed, and memory over time as bars."""
     keys = ("wall_s", "frames", "frames_per_s", "clips", "peak_uss_mb", "peak_rss_mb", "growth_mb")
     columns = ("pass", "wall s", "frames", "frames/s", "clips", "peak USS MB", "peak RSS MB", "growth MB")
-    title = (
-        f"{figures['minutes']:g} min of {figures['height_px']}p; growth: slope after the first quarter times the length"
-    )
+    title = f"{figures['minutes']:g} min of {figures['height_px']}p; growth: slope after the first quarter times the length"
     common.print_table(title, columns, [(name, *(figures[name][k] for k in keys)) for name in PASSES])
     top_mb = max(mb for name in PASSES for _, mb in figures[name]["uss_mb"])
     rows = [(name, f"{at:.0f} s", mb, "█" * round(40 * mb / top_mb)) for name in PASSES for at, mb in figures[name]["uss_mb"]]

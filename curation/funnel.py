@@ -7,6 +7,7 @@ Everything between the passes works on columns only. Every step can be killed an
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 import uuid
 from collections import Counter
@@ -34,7 +35,7 @@ from waver_core import __version__
 from waver_core.config import Config, Pass, digest_of
 from waver_core.errors import MediaError, RunFailed
 from waver_core.manifest import SOURCE_SCHEMA, write_table
-from waver_core.storage import exists, join, local_path, read_bytes, size_and_mtime, write_atomic
+from waver_core.storage import exists, join, read_bytes, size_and_mtime, write_atomic
 from waver_core.telemetry import duration_text
 
 Row = dict[str, Any]
@@ -131,16 +132,18 @@ def run_funnel(config: Config, input_uri: str, output: str, execute: Execute, co
         for t, gates in tiers.items()
     ]
     write_atomic(join(output, "ledger.json"), json.dumps({**run, **ledger, "tiers": summary}, indent=2) + "\n")
-    write_report(
-        join(local_path(output), "report.html"),
-        clips=clips,
-        sources=table,
-        ledger=ledger,
-        tiers=summary,
-        run=run,
-        thumbnail=lambda clip_id: _read_if_there(work.thumbnail_uri(clip_id)),
-        max_gallery_clips=stages.named("publish").options.max_gallery_clips,
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        write_report(
+            join(folder, "report.html"),
+            clips=clips,
+            sources=table,
+            ledger=ledger,
+            tiers=summary,
+            run=run,
+            thumbnail=lambda clip_id: _read_if_there(work.thumbnail_uri(clip_id)),
+            max_gallery_clips=stages.named("publish").options.max_gallery_clips,
+        )
+        write_atomic(join(output, "report.html"), read_bytes(join(folder, "report.html")))
     _write_clip_files(clips, stages, output, console)
     print_ledger(ledger, console)
     print_tiers(tiers, counts, console)

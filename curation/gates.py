@@ -55,7 +55,8 @@ def _check_type(where: str, gate: Gate, kind: pa.DataType) -> None:
     numeric = pa.types.is_floating(kind) or pa.types.is_integer(kind)
     if (gate.min is not None or gate.max is not None) and not numeric:
         raise ConfigError(f"{where}: min and max need a number, but '{gate.column}' is {kind}; use equals")
-    if gate.equals is not None and isinstance(gate.equals, bool) != pa.types.is_boolean(kind):
+    fits = pa.types.is_boolean(kind) if isinstance(gate.equals, bool) else pa.types.is_string(kind)
+    if gate.equals is not None and not fits:
         raise ConfigError(f"{where}: equals {gate.equals!r} does not fit '{gate.column}', which is {kind}")
 
 

@@ -225,12 +225,14 @@ def _reformatter(*key: object) -> VideoReformatter:
     return VideoReformatter()
 
 
-def resize(picture: av.VideoFrame, width_px: int, height_px: int, pixel_format: str = "rgb24") -> np.ndarray:
-    """The stored picture (not turned) at another size, area-averaged when it shrinks: uint8 [H, W, 3], or [H, W] for gray."""
-    shrinks = width_px < picture.width
-    key = (threading.get_ident(), picture.width, picture.height, picture.format.name, width_px, height_px, pixel_format)
-    out = _reformatter(*key).reformat(picture, width_px, height_px, pixel_format, interpolation="AREA" if shrinks else "BILINEAR")
-    array: np.ndarray = out.to_ndarray()
+def resize(picture: av.VideoFrame, width_px: int, height_px: int, pixel_format: str = "rgb24", how: str = "") -> np.ndarray:
+    """The stored picture (not turned) at another size: uint8 [H, W, 3], or [H, W] for gray.
+
+    how: libswscale's method; by default the area average when the picture shrinks, bilinear when it grows.
+    """
+    how = how or ("AREA" if width_px < picture.width else "BILINEAR")
+    key = (threading.get_ident(), picture.width, picture.height, picture.format.name, width_px, height_px, pixel_format, how)
+    array: np.ndarray = _reformatter(*key).reformat(picture, width_px, height_px, pixel_format, interpolation=how).to_ndarray()
     return array
 
 

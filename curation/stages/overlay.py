@@ -31,6 +31,8 @@ class Options(Strict):
     frames: int = Field(4, ge=2)
     short_side_px: int = Field(360, ge=64)
     watermark_fps: float = Field(8.0, gt=0)
+    watermark_frames: int = Field(32, ge=8)
+    """Frames of a clip that are compared at most, where its source has too few shots to tell."""
     watermark_short_side_px: int = Field(256, ge=64)
     source_samples_per_s: float = Field(2.0, gt=0)
     max_source_samples: int = Field(96, ge=8)
@@ -58,7 +60,11 @@ class Stage(stage.Stage):
             "probability of a watermark, from the source where its shots tell",
             score=True,
         ),
-        Column("overlay_watermark_box", pa.list_(pa.float32(), 4), "left, top, right, bottom of the clip's, as shares"),
+        Column(
+            "overlay_watermark_box",
+            pa.list_(pa.float32(), 4),
+            "left, top, right, bottom as shares, where the clip itself decided",
+        ),
     )
 
     @cached_property
@@ -98,12 +104,14 @@ class Stage(stage.Stage):
         row: Row = {}
         if self.options.text_backend:
             row.update(self._text_columns(large.rgb))
-        mark = self._watermark.score(dense.rgb)
         across_shots = media.row.get("overlay_source_watermark")
-        # What lies over all shots of a source is surer than what stays still within one clip. Where nothing moves, a still
-        # edge is no evidence: such clips are the static gate's business.
-        known = mark.probability if across_shots is None else across_shots
-        row["overlay_watermark"] = known or 0.0
+        if across_shots is not None:  # what lies over all shots of a source is surer than what stays still within one clip
+            row["overlay_watermark"] = across_shots
+            return row
+        step = max(1, len(dense.rgb) // self.options.watermark_frames)
+        mark = self._watermark.score(dense.rgb[::step])
+        # Where nothing moves, a still edge is no evidence: such clips are the static gate's business.
+        row["overlay_watermark"] = mark.probability or 0.0
         row["overlay_watermark_box"] = [float(v) for v in mark.box] if mark.box and (mark.probability or 0) >= 0.5 else None
         return row
 

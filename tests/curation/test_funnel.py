@@ -173,3 +173,16 @@ def test_empty_input_is_refused_before_anything_is_written(tmp_path: Path, curat
     with pytest.raises(UserError, match="no files in"):
         curate(tmp_path / "in", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_input_and_output_may_lie_in_an_object_store(collection: Path, curate: Any, rows_of: Any, undisturbed: Any) -> None:
+    import fsspec
+
+    store = fsspec.filesystem("memory")
+    for file in collection.iterdir():
+        store.pipe_file(f"/raw/{file.name}", file.read_bytes())
+    curate("memory://raw", "memory://curated")
+    rows = rows_of("memory://curated")
+    assert [{**r, "source_uri": None} for r in rows] == [{**r, "source_uri": None} for r in undisturbed]
+    assert rows[0]["source_uri"].startswith("memory://") and store.exists("/curated/report.html")
+    assert curate("memory://raw", "memory://curated").decoded_sources == 0

@@ -144,6 +144,8 @@ def test_options_of_a_stage_are_checked_under_their_full_name(override: str, par
         ("tiers.720p.new={column: motion_camera, min: 1}", ["tiers.720p.new", "'motion_camera' is string", "use equals"]),
         ("tiers.720p.new={column: dedup_keep, equals: 'yes'}", ["tiers.720p.new", "'yes'", "'dedup_keep'", "bool"]),
         ("tiers.720p.new={column: motion_camera, equals: true}", ["tiers.720p.new", "True", "'motion_camera'", "string"]),
+        ("tiers.720p.new={column: fps, equals: '24'}", ["tiers.720p.new", "'24'", "'fps'", "double"]),
+        ("tiers.720p.new={column: aesthetic_frames, min: 1}", ["tiers.720p.new", "'aesthetic_frames' is list"]),
         ("tiers={}", ["tiers: at least one tier"]),
     ],
 )
