@@ -24,15 +24,14 @@ help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | grep -v '^demo:' | awk -F ':.*## ' '{printf "make %-21s %s\n", $$1, $$2}'
 
 demo: $(RUN_STAMP)  ## Curate a rendered collection, or VIDEOS=/folder, into OUT=/folder
-	@set -e; out="$$OUT"; \
+	@set -e; out="$$OUT"; profile=""; \
 	if [ -z "$$VIDEOS" ]; then \
-	  out="$${out:-out/demo}"; VIDEOS="$$out/videos"; \
+	  out="$${out:-out/demo}"; VIDEOS="$$out/videos"; profile="--profile demo"; \
 	  $(PY) -m waver_core.synthetic --output "$$VIDEOS"; \
 	else \
 	  out="$${out:-out/run-$$(basename "$$VIDEOS")}"; \
 	fi; \
-	$(PY) curation/run_funnel.py --input "$$VIDEOS" --output "$$out"; \
-	echo "Report: $$out/report.html"
+	$(PY) curation/run_funnel.py $$profile --input "$$VIDEOS" --output "$$out"
 
 test: $(DEV_STAMP)  ## Run the tests; ARGS="-k name" chooses among them
 	@$(PY) -m pytest $(ARGS)

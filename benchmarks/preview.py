@@ -108,7 +108,7 @@ def _numbers(kind: pa.DataType, count: int, rng: np.random.Generator) -> pa.Arra
 
 
 def make_table(folder: str, rows: int, shards: int) -> None:
-    """Write `<folder>/clips` and config.yaml as a finished run leaves them; shard by shard, so that any number of rows fits."""
+    """Write `<folder>/clips` as a finished run leaves it; shard by shard, so that any number of rows fits."""
     config = load_config()
     stages = load_stages(config)
     tiers = tier_gates(config, stages)
@@ -122,7 +122,6 @@ def make_table(folder: str, rows: int, shards: int) -> None:
         table = add_reasons(pa.table(arrays, schema=stages.schema), tiers, [s.name for s in stages.stages])
         names.append(f"part-{shard:05d}.parquet")
         pq.write_table(table, clips / names[-1], compression="zstd")
-    (Path(folder) / "config.yaml").write_text(config.resolved_yaml())
     (clips / INDEX_NAME).write_text(json.dumps({"version": VERSION, "rows": rows, "shards": names}))
 
 
@@ -152,9 +151,9 @@ def _kept(part: pa.Table, tiers: Tiers, stages: StageSet) -> dict[str, int]:
 
 def measure(rows: int, shards: int, work: Path, repeat: int) -> dict[str, Any]:
     """Make the table where it is missing, then time both commands; medians of the repeats."""
-    schema = load_stages(load_config()).schema
-    made_by = common.source_digest(sys.modules[__name__])
-    folder = work / f"preview-{rows}-{common.digest(shards, schema, load_config().digest, made_by)}"
+    config = load_config()
+    schema = load_stages(config).schema
+    folder = work / f"preview-{rows}-{common.digest(shards, schema, common.source_digest(sys.modules[__name__]))}"
     figures: dict[str, Any] = {"rows": rows, "shards": shards, "columns": len(schema)}
     if not folder.exists():
         common.console().print(f"writing {rows:,} rows into {folder}")
@@ -164,6 +163,7 @@ def measure(rows: int, shards: int, work: Path, repeat: int) -> dict[str, Any]:
             call = f"from benchmarks.preview import make_table; make_table({part + '/table'!r}, {rows}, {shards})"
             figures["make"] = common.run_measured([sys.executable, "-c", call])
             Path(part, "table").rename(folder)
+    (folder / "config.yaml").write_text(config.resolved_yaml())  # tiers and options may have changed since; scores have not
     figures["table_mb"] = sum(p.stat().st_size for p in folder.rglob("*")) / 2**20
     preview = [sys.executable, "curation/run_funnel.py", "preview", "--output", str(folder), "--set", CHANGE]
     call = f"from benchmarks.preview import select_all; select_all({str(folder)!r})"

@@ -49,21 +49,19 @@ def run(
         return
     if not input_uri or not output:
         raise UserError("give --input and --output, for example: python curation/run_funnel.py --input videos --output out")
-    from curation.funnel import run_funnel
+    from curation.funnel import Execute, run_funnel
     from curation.serial import run_serial
 
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
     settings = load_config(config, profile or [], set_ or [])
     tier_gates(settings, load_stages(settings))  # configuration errors come before a cluster is started
-    paths = [str(Path(local_path(uri)).resolve()) if is_local(uri) else uri for uri in (input_uri, output)]
+    source, target = (str(Path(local_path(uri)).resolve()) if is_local(uri) else uri for uri in (input_uri, output))
     if serial:
-        run_funnel(settings, paths[0], paths[1], run_serial, console)
+        execute: Execute = run_serial
     else:
-        from curation.executor import connect, run_on_ray
-
-        connect()
-        run_funnel(settings, paths[0], paths[1], run_on_ray, console)
-    console.print(f"Report: {join(paths[1], 'report.html')}")
+        from curation.executor import run_on_ray as execute  # importing Ray takes a second; --help and errors need it not
+    run_funnel(settings, source, target, execute, console)
+    console.print(f"Report: {join(target, 'report.html')}")
 
 
 @app.command()

@@ -24,6 +24,7 @@ from waver_core.telemetry import StageTimer
 from waver_core.video import OpenVideo, open_video, quarter_turns, read_image, to_rgb
 
 _MAX_ANCHOR_GAP_S = 0.2
+_SAME_TIME_S = 1e-3
 
 
 def score_schema(stages: StageSet) -> pa.Schema:
@@ -138,9 +139,9 @@ def sample_clips(
             if frame is None:
                 break
             now_s = frame.time_s
-            if now_s < row["start_s"] - half_frame_s:
+            if now_s < row["start_s"] - _SAME_TIME_S:
                 continue
-            if now_s >= row["end_s"] - half_frame_s:
+            if now_s >= row["end_s"] - _SAME_TIME_S:
                 held = frame
                 break
             turns = quarter_turns(frame.picture)

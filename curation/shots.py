@@ -66,7 +66,8 @@ def hard_cuts(similarity: np.ndarray, proposed: list[int], rules: ShotRules) -> 
     cuts: set[int] = set()
     for t in range(1, n):
         around = np.concatenate([drop[max(1, t - 6) : t], drop[t + 1 : t + 7]])
-        lone = drop[t] >= rules.contrast * (np.median(around) + 0.02) and drop[t] == drop[max(1, t - 2) : t + 3].max()
+        usual = float(np.median(around)) if len(around) else 0.0
+        lone = drop[t] >= rules.contrast * (usual + 0.02) and drop[t] == drop[max(1, t - 2) : t + 3].max()
         if similarity[t] < rules.cut_similarity and lone:
             cuts.add(t)
     for frame in proposed:

@@ -222,6 +222,10 @@ def _inherit(tiers: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str | Non
                 raise ConfigError(
                     f"tiers.{name}.{gate}: a gate is a mapping with a column and min, max or equals (got {value!r})"
                 )
+            inherited = done[parent] if parent is not None else {}
+            if "column" not in value and gate not in inherited:
+                near = did_you_mean(gate, {*inherited, *gates} - {gate})
+                raise ConfigError(f"tiers.{name}.{gate}: a new gate needs a column; {near}")
         merged = merge(done[parent], gates) if parent is not None else gates
         for gate, base in (done[parent] if parent is not None else {}).items():
             over = merged[gate]

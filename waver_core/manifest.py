@@ -115,7 +115,8 @@ def read_tables(uris: Sequence[str], schema: pa.Schema) -> pa.Table:
     tables = []
     for uri in uris:
         with open_file(uri) as handle:
-            table = pq.ParquetFile(handle).read()  # pq.read_table leaves threads that can abort the process at its end
+            # Without threads: one of Arrow's that lets go of `handle` while Python shuts down aborts the process.
+            table = pq.ParquetFile(handle).read(use_threads=False)
         arrays = [table[f.name].cast(f.type) if f.name in table.column_names else pa.nulls(len(table), f.type) for f in schema]
         tables.append(pa.table(arrays, schema=schema))
     return pa.concat_tables(tables) if tables else schema.empty_table()
@@ -156,5 +157,5 @@ def read_manifest(folder: str) -> pa.Table:
     tables = []
     for name in index["shards"]:
         with open_file(join(folder, name)) as handle:
-            tables.append(pq.ParquetFile(handle).read())
+            tables.append(pq.ParquetFile(handle).read(use_threads=False))
     return pa.concat_tables(tables)

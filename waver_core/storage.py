@@ -21,7 +21,8 @@ def filesystem(uri: str) -> tuple[Any, str]:
         fs, path = url_to_fs(str(uri))
     except (ImportError, ValueError) as error:
         scheme = str(uri).split("://", 1)[0]
-        raise UserError(f"cannot open {uri}: {error}. For {scheme}:// install the extra: pip install '.[{scheme}]'") from error
+        mend = f"install the extra: pip install '.[{scheme}]'" if scheme in ("s3", "gs") else "use a local path, s3:// or gs://"
+        raise UserError(f"cannot open {uri}: {error}; {mend}") from error
     return fs, path
 
 

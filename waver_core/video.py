@@ -34,6 +34,9 @@ _DEMUXERS = (
 )
 
 
+_SAME_TIME_S = 1e-3
+
+
 @dataclass(frozen=True)
 class VideoInfo:
     """What container and codec say of the first video stream, before any frame is decoded (rotation excepted)."""
@@ -250,15 +253,17 @@ def to_rgb(picture: av.VideoFrame, *, pixel_aspect: float = 1.0, turns: int = 0,
 def decode_frames(
     uri: str, start_s: float = 0.0, end_s: float | None = None, short_side_px: int | None = None
 ) -> Iterator[tuple[float, np.ndarray]]:
-    """Yield (time_s, uint8 [H, W, 3] RGB) of every frame of a span, upright and with square pixels, one at a time."""
+    """Yield (time_s, uint8 [H, W, 3] RGB) of every frame of a span, upright and with square pixels, one at a time.
+
+    A span takes the frames that begin in [start_s, end_s), times being exact to a millisecond.
+    """
     with open_video(uri) as video:
         if start_s > 0:
             video.skip_to(start_s)
-        half_frame_s = 0.5 / (video.info.fps or 25.0)
         for frame in video.frames():
-            if frame.time_s < start_s - half_frame_s:
+            if frame.time_s < start_s - _SAME_TIME_S:
                 continue
-            if end_s is not None and frame.time_s >= end_s - half_frame_s:
+            if end_s is not None and frame.time_s >= end_s - _SAME_TIME_S:
                 break
             turns, aspect = quarter_turns(frame.picture), video.info.pixel_aspect
             yield frame.time_s, to_rgb(frame.picture, pixel_aspect=aspect, turns=turns, short_side_px=short_side_px)

@@ -103,7 +103,7 @@ def _read_list(uri: str) -> list[dict[str, Any]]:
     buffer = io.BytesIO(storage.read_bytes(uri))
     try:
         if uri.lower().endswith(".parquet"):
-            table = pq.ParquetFile(buffer).read()
+            table = pq.ParquetFile(buffer).read(use_threads=False)
         elif uri.lower().endswith(".csv"):
             table = pa_csv.read_csv(buffer)
         else:

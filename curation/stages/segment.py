@@ -1,8 +1,9 @@
-"""Segment (Waver §3.1): shots, then clips of 2 to 10 s without the transitions between them.
+"""Segment (Waver §3.1): shots, then clips of at most 10 s without the transitions between them.
 
 PySceneDetect first; frame descriptors confirm its cuts, find the ones it misses and measure how much happens inside a
 shot; dissolves and fades are found and cut off (`curation.shots`). From a shot longer than `max_s` the windows with the
-lowest internal similarity are taken, since that is where something happens.
+lowest internal similarity are taken, since that is where something happens. Shots under 2 s become clips as well: the
+`duration` gate of the first tier rejects them, so that their rows stay.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, ClassVar
 import cv2
 import numpy as np
 import pyarrow as pa
-from pydantic import Field, model_validator
+from pydantic import Field
 from scenedetect import AdaptiveDetector, FrameTimecode
 
 from curation import stage
@@ -33,7 +34,6 @@ class Options(Strict):
 
     backend: str = "color_layout"
     backend_options: dict[str, Any] = {}
-    min_s: float = Field(2.0, gt=0)
     max_s: float = Field(10.0, gt=0)
     max_windows: int = Field(3, ge=1)
     """Clips taken from one shot longer than max_s."""
@@ -45,12 +45,6 @@ class Options(Strict):
     adaptive_min_shot_s: float = Field(0.6, ge=0)
     cut_similarity: float = Field(0.6, ge=-1, le=1)
     confirm_similarity: float = Field(0.83, ge=-1, le=1)
-
-    @model_validator(mode="after")
-    def _lengths(self) -> Options:
-        if self.min_s >= self.max_s:
-            raise ValueError(f"min_s {self.min_s} must be below max_s {self.max_s}")
-        return self
 
 
 class Stage(stage.Stage):

@@ -21,14 +21,19 @@ def write(folder: Path, **changes: Any) -> Path:
     """A small valid file with some keys changed."""
     raw = {
         "version": 1,
-        "funnel": {"order": ["ingest", "segment", "publish"], "stages": {"segment": {"min_s": 2.0, "max_s": 10.0}}},
+        "funnel": {"order": ["ingest", "segment", "publish"], "stages": {"segment": {"adaptive_min_shot_s": 2.0, "max_s": 10.0}}},
         "tiers": {
             "low": {"long": {"column": "duration_s", "min": 2}},
             "high": {"from": "low", "long": {"column": "duration_s", "min": 4}},
         },
         "profiles": {
-            "a": {"funnel": {"stages": {"segment": {"min_s": 3.0, "trim_frames": 2}}, "max_attempts": 5}},
-            "b": {"funnel": {"stages": {"segment": {"min_s": 4.0}}, "order": ["ingest", "segment", "dedup", "publish"]}},
+            "a": {"funnel": {"stages": {"segment": {"adaptive_min_shot_s": 3.0, "trim_frames": 2}}, "max_attempts": 5}},
+            "b": {
+                "funnel": {
+                    "stages": {"segment": {"adaptive_min_shot_s": 4.0}},
+                    "order": ["ingest", "segment", "dedup", "publish"],
+                }
+            },
         },
         **changes,
     }
@@ -56,8 +61,8 @@ def test_merge_goes_mapping_by_mapping_and_replaces_lists() -> None:
 def test_profiles_merge_in_the_order_given(tmp_path: Path) -> None:
     path = write(tmp_path)
     ab, ba = load_config(path, ["a", "b"]), load_config(path, ["b", "a"])
-    assert ab.funnel.stages["segment"] == {"min_s": 4.0, "max_s": 10.0, "trim_frames": 2}
-    assert ba.funnel.stages["segment"] == {"min_s": 3.0, "max_s": 10.0, "trim_frames": 2}
+    assert ab.funnel.stages["segment"] == {"adaptive_min_shot_s": 4.0, "max_s": 10.0, "trim_frames": 2}
+    assert ba.funnel.stages["segment"] == {"adaptive_min_shot_s": 3.0, "max_s": 10.0, "trim_frames": 2}
     assert ab.funnel.max_attempts == ba.funnel.max_attempts == 5
     assert ab.funnel.order == ["ingest", "segment", "dedup", "publish"]
     assert ab.profiles == ["a", "b"]
@@ -65,15 +70,15 @@ def test_profiles_merge_in_the_order_given(tmp_path: Path) -> None:
 
 def test_a_profile_that_was_not_asked_for_changes_nothing(tmp_path: Path) -> None:
     config = load_config(write(tmp_path))
-    assert config.funnel.max_attempts == 3 and config.funnel.stages["segment"]["min_s"] == 2.0
+    assert config.funnel.max_attempts == 3 and config.funnel.stages["segment"]["adaptive_min_shot_s"] == 2.0
 
 
 def test_set_overrides_profiles_and_reads_values_as_yaml(tmp_path: Path) -> None:
-    overrides = ["funnel.stages.segment.min_s=2.5", "funnel.passes.shots={cpus: 2}", "tiers.low.long.min=3"]
+    overrides = ["funnel.stages.segment.adaptive_min_shot_s=2.5", "funnel.passes.shots={cpus: 2}", "tiers.low.long.min=3"]
     config = load_config(
         write(tmp_path, funnel={"order": ["segment"], "stages": {"segment": {}}, "passes": {}}), ["a"], overrides
     )
-    assert config.funnel.stages["segment"]["min_s"] == 2.5
+    assert config.funnel.stages["segment"]["adaptive_min_shot_s"] == 2.5
     assert config.funnel.passes.shots.cpus == 2.0
     assert config.tiers["low"]["long"].min == 3.0
 
@@ -123,10 +128,9 @@ def test_refusal_names_the_key_and_the_nearest(override: str, parts: list[str]) 
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
-        ("funnel.stages.segment.min_z=1", ["funnel.stages.segment.min_z: unknown key", "did you mean 'min_s'"]),
-        ("funnel.stages.segment.min_s=0", ["funnel.stages.segment.min_s", "greater than 0", "got 0"]),
-        ("funnel.stages.segment.min_s=long", ["funnel.stages.segment.min_s", "got 'long'"]),
-        ("funnel.stages.segment.min_s=11", ["funnel.stages.segment: min_s 11.0 must be below max_s 10.0"]),
+        ("funnel.stages.segment.max_z=1", ["funnel.stages.segment.max_z: unknown key", "did you mean 'max_s'"]),
+        ("funnel.stages.segment.max_s=0", ["funnel.stages.segment.max_s", "greater than 0", "got 0"]),
+        ("funnel.stages.segment.max_s=long", ["funnel.stages.segment.max_s", "got 'long'"]),
         ("funnel.stages.dedup.min_similarity=0.3", ["funnel.stages.dedup.min_similarity", "greater than 0.5"]),
         ("funnel.stages.publish.clip_files=all", ["funnel.stages.publish.clip_files", "got 'all'"]),
     ],

@@ -92,7 +92,7 @@ def test_decode_gives_every_frame_in_order_and_upright(counted_mp4: str) -> None
     [
         (0.0, 0.5, range(12)),
         (0.5, 1.0, range(12, 24)),
-        (0.51, 0.99, range(12, 24)),
+        (0.51, 0.99, range(13, 24)),
         (13 / 24, 14 / 24, range(13, 14)),
         (1.75, None, range(42, 48)),
         (1.9, 9.0, range(46, 48)),
