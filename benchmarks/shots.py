@@ -110,10 +110,7 @@ def collection(n_videos: int, n_shots: int, seed: int, alike: bool = False) -> l
         if number % 3 == 2:
             video = replace(video, fade_in_frames=round(0.6 * video.fps), fade_out_frames=round(0.9 * video.fps))
         if number % 4 == 3:  # dissolves of up to 2 s, fades of up to 2.4 s
-            slow = tuple(
-                t if t.kind == "cut" else replace(t, duration_frames=2 * t.duration_frames - 1) for t in video.transitions
-            )
-            video = replace(video, transitions=slow)
+            video = replace(video, transitions=tuple(_twice_as_long(t) for t in video.transitions))
         videos.append(video)
     return videos
 
@@ -159,10 +156,8 @@ def signals(path: str, options: segment.Options, cache: Path | None) -> tuple[An
     What is kept is everything up to the signals: `curation/shots.py` runs anew each time.
     """
     frames, info = small_frames(path, cache)
-    made_by = common.source_digest(segment, color_layout)
-    key = common.digest(
-        path, frames.shape, Path(path).stat().st_mtime_ns, options, made_by, common.source_digest(sys.modules[__name__])
-    )
+    made_by = common.source_digest(segment, color_layout, shots_pass, video_module, sys.modules[__name__])
+    key = common.digest(path, Path(path).stat().st_mtime_ns, options, made_by)
     stored = cache / f"signals-{key}.pickle" if cache else None
     if stored is not None and stored.exists():
         watcher, adaptive, threshold = pickle.loads(stored.read_bytes())

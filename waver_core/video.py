@@ -100,7 +100,7 @@ class OpenVideo:
                 if isinstance(error, av.EOFError):
                     return
                 self.n_bad_packets += 1
-                self.last_error = f"{type(error).__name__}: {error}"
+                self.last_error = f"{type(error).__name__}: {getattr(error, 'strerror', None) or error}"
                 damaged = True
                 if packet is None or self.n_bad_packets > 1000:
                     return

@@ -140,7 +140,9 @@ def shown_columns(table: pa.Table, tiers: Sequence[Mapping[str, Any]], stages: S
             stem = stem.removesuffix(f"_{facts['unit']}")
         number = is_number(field.type)
         error = field.name.endswith("_error") and is_text(field.type)
-        columns.append({**facts, "short": stem.replace("_", " "), "number": number, "error": error})
+        columns.append(
+            {**facts, "short": (field.name if stem == "score" else stem).replace("_", " "), "number": number, "error": error}
+        )
     rank = {stage: position for position, stage in enumerate(stages)}
     return sorted(columns, key=lambda facts: rank.get(facts["stage"], len(rank)))
 
