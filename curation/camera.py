@@ -27,7 +27,7 @@ class CameraStep(NamedTuple):
 
 @dataclass(frozen=True)
 class CameraRules:
-    """Thresholds in px per step at the flow's size (short side 256 px, 8 steps a second unless configured otherwise)."""
+    """Thresholds in px per step at the flow's size (short side 192 px, 6 steps a second unless configured otherwise)."""
 
     min_move_px: float = 0.35
     """Mean move below which the camera counts as static."""

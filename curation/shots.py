@@ -41,6 +41,8 @@ class ShotRules:
     """Below this a lone drop is a cut whether PySceneDetect saw it or not."""
     confirm_similarity: float = 0.83
     """A cut of PySceneDetect stands only if the similarity next to it falls below this."""
+    confirm_correlation: float = 0.8
+    """Or if the luma structure on its two sides correlates less than this."""
     contrast: float = 3.0
     """How many times larger than its neighbours' a drop must be."""
     min_blend_rms: float = 10.0
@@ -59,8 +61,11 @@ class ShotRules:
     """A frame whose luma thumbnail deviates less is blank (black, white, one colour)."""
 
 
-def hard_cuts(similarity: np.ndarray, proposed: list[int], rules: ShotRules) -> list[int]:
-    """First frames of new shots. similarity[t] is the cosine of frames t-1 and t ([T], similarity[0] = 1)."""
+def hard_cuts(similarity: np.ndarray, proposed: list[int], rules: ShotRules, luma: np.ndarray | None = None) -> list[int]:
+    """First frames of new shots. similarity[t] is the cosine of frames t-1 and t ([T], similarity[0] = 1).
+
+    luma: thumbnails [T, h, w]; with them a proposed cut between alike colours stands by its change of structure.
+    """
     drop = 1.0 - similarity
     n = len(drop)
     cuts: set[int] = set()
@@ -76,7 +81,16 @@ def hard_cuts(similarity: np.ndarray, proposed: list[int], rules: ShotRules) -> 
             best = low + int(np.argmin(similarity[low:high]))
             if similarity[best] < rules.confirm_similarity:
                 cuts.add(best)
+            elif luma is not None and 0 < frame < n and _correlation(luma[frame - 1], luma[frame]) < rules.confirm_correlation:
+                cuts.add(frame)
     return _apart(sorted(cuts), drop, min_frames=3)
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Pearson correlation of two pictures; 1 where one of them is flat, for then it tells nothing."""
+    ca, cb = a.astype(np.float32) - a.mean(), b.astype(np.float32) - b.mean()
+    size = float(np.sqrt((ca * ca).sum() * (cb * cb).sum()))
+    return float((ca * cb).sum()) / size if size > 1e-3 else 1.0
 
 
 def _apart(cuts: list[int], drop: np.ndarray, min_frames: int) -> list[int]:

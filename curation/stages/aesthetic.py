@@ -30,7 +30,7 @@ class Options(Strict):
 
     backend: str = "photographic"
     backend_options: dict[str, Any] = {}
-    frames: int = Field(4, ge=1)
+    frames: int = Field(3, ge=1)
     short_side_px: int = Field(360, ge=64)
 
 

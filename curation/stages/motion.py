@@ -1,6 +1,6 @@
 """Motion (Waver §3.1, §4.3): flow inside the foreground once the camera's own motion is taken away, and a camera label.
 
-Magnitudes are in pixels per step at a stated size and rate, by default a short side of 256 px and 8 steps a second, and
+Magnitudes are in pixels per step at a stated size and rate, by default a short side of 192 px and 6 steps a second, and
 do not depend on the source's size or frame rate. The report's scale (11.0 lively, 0.75 nearly static) uses its own size.
 """
 
@@ -30,8 +30,8 @@ class Options(Strict):
     flow_backend_options: dict[str, Any] = {}
     foreground_backend: str = "residual"
     foreground_backend_options: dict[str, Any] = {}
-    short_side_px: int = Field(256, ge=64)
-    fps: float = Field(8.0, gt=0)
+    short_side_px: int = Field(192, ge=64)
+    fps: float = Field(6.0, gt=0)
     min_foreground_ratio: float = Field(0.005, ge=0)
     """A smaller foreground, as a share of the picture over the clip, counts as none."""
     min_active_px: float = Field(0.1, gt=0)

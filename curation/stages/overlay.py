@@ -28,12 +28,12 @@ class Options(Strict):
     text_backend_options: dict[str, Any] = {}
     watermark_backend: str = "static_overlay"
     watermark_backend_options: dict[str, Any] = {}
-    frames: int = Field(4, ge=2)
+    frames: int = Field(3, ge=2)
     short_side_px: int = Field(360, ge=64)
-    watermark_fps: float = Field(8.0, gt=0)
+    watermark_fps: float = Field(6.0, gt=0)
     watermark_frames: int = Field(32, ge=8)
     """Frames of a clip that are compared at most, where its source has too few shots to tell."""
-    watermark_short_side_px: int = Field(256, ge=64)
+    watermark_short_side_px: int = Field(192, ge=64)
     source_samples_per_s: float = Field(2.0, gt=0)
     max_source_samples: int = Field(96, ge=8)
     same_frame_levels: float = Field(1.5, ge=0)

@@ -132,9 +132,10 @@ class SegmentWatcher:
         n = len(self._times_s)
         similarity = np.concatenate(self._similarity)
         rules = ShotRules(cut_similarity=self._options.cut_similarity, confirm_similarity=self._options.confirm_similarity)
-        cuts = hard_cuts(similarity, self._proposed, rules)
+        thumbs = np.stack(self._thumbs)
+        cuts = hard_cuts(similarity, self._proposed, rules, thumbs)
         sure = [c for c in cuts if similarity[c] < rules.cut_similarity]
-        gradual = gradual_transitions(np.stack(self._thumbs), sure, self._fps, rules)
+        gradual = gradual_transitions(thumbs, sure, self._fps, rules)
         gaps = _runs(self._damaged)
         shots = split_shots(n, cuts, gradual, gaps)
         rows: list[Row] = []

@@ -13,7 +13,7 @@ import numpy as np
 from waver_core.registry import register
 
 _GRID = 3
-_LUMA_BINS, _CHROMA_BINS = 8, 6
+_LUMA_BINS, _CHROMA_BINS = 8, 4
 _SIZE_PX = (48, 27)
 
 
@@ -21,7 +21,7 @@ _SIZE_PX = (48, 27)
 class ColorLayout:
     """Embeds frames at 48x27; about 0.1 ms a frame."""
 
-    fingerprint = "color_layout-1"
+    fingerprint = "color_layout-2"
     short_side_px = 72
 
     def embed(self, frames: np.ndarray) -> np.ndarray:
