@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,8 +46,10 @@ def connect() -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**options, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})
         return
-    # A private cluster on this machine needs no token file in the user's home, and no dashboard.
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    # Ray listens on more than loopback: guard this private cluster by a token of its own, without a file in the home.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if os.environ["RAY_AUTH_MODE"] == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else every actor pool prints a warning meant for Ray's authors
     ray.init(**options, include_dashboard=False, runtime_env={"env_vars": environment})
