@@ -9,7 +9,7 @@ over the cores, which leaves out all of Ray and of Python's start. Memory is sam
 costs time.
 
     python benchmarks/funnel.py --repeat 3 --save
-    python benchmarks/funnel.py --input /work/shared/videos
+    python benchmarks/funnel.py --input videos
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ with and without its ThresholdDetector for fades. It reports instants, so it is 
 gradual transition finds that one, and no such cut is a false one.
 
     python benchmarks/shots.py --verbose            # list what is missed; seconds once signals are cached
-    python benchmarks/shots.py --bikes /work/shared/videos/bikes.mp4
+    python benchmarks/shots.py --bikes videos/bikes.mp4
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import common
 from curation import shots_pass
 from curation.shots import Transition
-from curation.shots_pass import _small as small_frame
+from curation.shots_pass import small_frame
 from curation.stage import SourceFacts, StreamFrame, load_stages
 from curation.stages import segment
 from waver_core import synthetic
@@ -153,7 +153,7 @@ def small_frames(path: str, cache: Path | None) -> tuple[np.ndarray, VideoInfo]:
 def signals(path: str, options: segment.Options, cache: Path | None) -> tuple[Any, list[int], list[int], int]:
     """A fed `SegmentWatcher`, the cuts of both PySceneDetect detectors, the number of frames; all kept until their code changes.
 
-    What is kept is everything up to the signals: `curation/shots.py` runs anew each time.
+    What is kept is everything up to the signals: `curation/shots.py` and `curation/gradual.py` run anew each time.
     """
     frames, info = small_frames(path, cache)
     made_by = common.source_digest(segment, color_layout, shots_pass, video_module, sys.modules[__name__])

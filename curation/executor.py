@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import ray
-import ray.data
 
 from waver_core.config import Pass
 from waver_core.errors import RunFailed, UserError
@@ -39,20 +37,27 @@ class _Actor:
 
 def connect() -> None:
     """Join the cluster that RAY_ADDRESS names (as `ray job submit` sets it), or start a local one."""
+    if not os.environ.get("RAY_ADDRESS") and "ray" not in sys.modules:
+        _prepare_private_cluster()
+    import ray
+
     if ray.is_initialized():
         return
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "ignore_reinit_error": True}
-    environment = {"PYTHONPATH": os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH", "")])), "OMP_NUM_THREADS": "1"}
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**options, runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})
-        return
-    # Ray listens on more than loopback: guard this private cluster by a token of its own, without a file in the home.
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
-    if os.environ["RAY_AUTH_MODE"] == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    environment = {"OMP_NUM_THREADS": "1"}  # parallelism comes from many workers
+    if not os.environ.get("RAY_ADDRESS"):
+        options["include_dashboard"] = False
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH", "")]))
+    ray.init(**options, runtime_env={"env_vars": environment})
+
+
+def _prepare_private_cluster() -> None:
+    """Settings that Ray reads when it is imported, and never again."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else every actor pool prints a warning meant for Ray's authors
-    ray.init(**options, include_dashboard=False, runtime_env={"env_vars": environment})
+    # Ray listens on more than loopback: guard the cluster by a token of its own, and leave no token file in the home.
+    if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 def run_on_ray(factory: Callable[..., Worker], args: tuple[Any, ...], items: list[Row], resources: Pass) -> Iterator[Row]:
@@ -60,6 +65,9 @@ def run_on_ray(factory: Callable[..., Worker], args: tuple[Any, ...], items: lis
     if not items:
         return
     connect()
+    import ray
+    import ray.data
+
     ray.data.DataContext.get_current().enable_progress_bars = False  # `curation.progress` counts sources, not blocks
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     size = resources.sources_per_task
@@ -89,6 +97,4 @@ def run_on_ray(factory: Callable[..., Worker], args: tuple[Any, ...], items: lis
         if isinstance(cause, UserError):
             raise cause from error
         first = str(error).strip().splitlines()[-1]
-        raise RunFailed(
-            f"the workers failed: {first} (Ray's logs: {ray._private.worker._global_node.get_logs_dir_path()})"
-        ) from error
+        raise RunFailed(f"the workers failed: {first} (details in the logs of Ray's session)") from error

@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from rich.console import Console
 
-from curation.gates import Tiers, first_failures, tier_gates
+from curation.gates import tier_gates
 from curation.ledger import build_ledger, print_bad_sources, print_ledger, print_tiers
 from curation.progress import Progress
 from curation.report import write_report
@@ -30,6 +29,7 @@ from curation.selection import add_reasons, count_tiers
 from curation.serial import run_serial
 from curation.shots_pass import ShotsPass
 from curation.stage import StageSet, load_stages
+from curation.tables import clips_of, join_scores, pending_scores, resolve_tables
 from curation.workfolder import WorkFolder
 from waver_core import __version__
 from waver_core.config import Config, Pass, digest_of
@@ -95,13 +95,13 @@ def run_funnel(config: Config, input_uri: str, output: str, execute: Execute, co
 
     finished, shot_seconds = work.read_sources()
     sources = _with_results(sources, finished)
-    clips = _clips_of(sources, finished, work, stages)
-    clips = _resolve_tables(clips, stages, tiers)
-    pending = _pending_scores(clips, sources, work, stages, tiers)
+    clips = clips_of(sources, finished, work, stages)
+    clips = resolve_tables(clips, stages, tiers)
+    pending = pending_scores(clips, sources, work, stages, tiers)
     _run_pass("scores", ScoresPass, config, work, pending, config.funnel.passes.scores, execute, console)
 
     scores, score_seconds = work.read_scores(score_schema(stages))
-    clips = _join_scores(clips, scores, stages, tiers)
+    clips = join_scores(clips, scores, stages, tiers)
     seconds = {k: shot_seconds.get(k, 0) + score_seconds.get(k, 0) for k in {*shot_seconds, *score_seconds}}
     clips = add_reasons(clips, tiers, [s.name for s in stages.stages]).sort_by(
         [("source_uri", "ascending"), ("start_frame", "ascending")]
@@ -230,87 +230,6 @@ def _with_results(sources: list[Row], finished: list[Row]) -> list[Row]:
         {**by_id[s["source_id"]], **{k: s.get(k) for k in kept}} if s["status"] == "new" and s["source_id"] in by_id else s
         for s in sources
     ]
-
-
-def _clips_of(sources: list[Row], finished: list[Row], work: WorkFolder, stages: StageSet) -> pa.Table:
-    """Clips of the sources of this input, sorted by id, with names and licences as the input gives them now."""
-    wanted = {s["source_id"]: s for s in sources if s["status"] == "ok"}
-    clips = work.read_clips([s["unit"] for s in finished if s["source_id"] in wanted], stages.schema)
-    clips = clips.filter(pc.is_in(clips["source_id"], pa.array(list(wanted), pa.string()))).sort_by("clip_id")
-    ids = pa.array(list(wanted), pa.string())
-    at = pc.index_in(clips["source_id"], ids)
-    for column, key in (("source_uri", "uri"), ("dataset", "dataset"), ("licence", "licence"), ("style", "style")):
-        values = pa.array([wanted[i][key] for i in wanted], pa.string())
-        index = clips.schema.get_field_index(column)
-        clips = clips.set_column(index, clips.schema.field(index), values.take(at.combine_chunks()))
-    return clips
-
-
-def _resolve_tables(clips: pa.Table, stages: StageSet, tiers: Tiers) -> pa.Table:
-    """Run the stages that look over all clips at once, on the rows that nothing has rejected so far."""
-    for position, stage in enumerate(stages.stages):
-        if "table" in stage.hooks:
-            eligible = ~_rejected_by(clips, tiers, position - 1)
-            for name, values in stage.resolve(clips, eligible).items():
-                index = clips.schema.get_field_index(name)
-                clips = clips.set_column(index, clips.schema.field(index), values)
-    return clips
-
-
-def _rejected_by(clips: pa.Table, tiers: Tiers, position: int) -> np.ndarray:
-    """Bool [N]: rows that every tier rejects by the columns of stages up to `position`."""
-    early = {tier: [g for g in gates if g.stage <= position] for tier, gates in tiers.items()}
-    return np.all([first >= 0 for first in first_failures(clips, early).values()], axis=0)
-
-
-def _first_clip_stage(stages: StageSet) -> int:
-    """Position of the first stage of the second pass."""
-    return next((i for i, s in enumerate(stages.stages) if "clip" in s.hooks), len(stages.stages))
-
-
-def _pending_scores(clips: pa.Table, sources: list[Row], work: WorkFolder, stages: StageSet, tiers: Tiers) -> list[Row]:
-    """Sources with clips that are still wanted and have no scores, or scores cut short by gates since loosened."""
-    scores, _ = work.read_scores(score_schema(stages))
-    joined = _join_scores(clips, scores, stages, tiers)
-    wanted = ~_rejected_by(clips, tiers, _first_clip_stage(stages) - 1)
-    scored = np.asarray(pc.is_in(clips["clip_id"], scores["clip_id"].combine_chunks()))
-    short = np.asarray(pc.is_valid(joined["skipped_from"])) & scored
-    if short.any():
-        position = {s.name: i for i, s in enumerate(stages.stages)}
-        for name in set(joined["skipped_from"].to_pylist()) - {None}:
-            here = np.asarray(pc.fill_null(pc.equal(joined["skipped_from"], name), False))
-            short &= ~(here & _rejected_by(joined, tiers, position[name] - 1))
-    need = wanted & (~scored | short)
-    by_source: dict[str, list[str]] = {}
-    for source_id, clip_id in zip(
-        clips["source_id"].filter(pa.array(need)).to_pylist(), clips["clip_id"].filter(pa.array(need)).to_pylist(), strict=True
-    ):
-        by_source.setdefault(source_id, []).append(clip_id)
-    names = ("source_id", "uri", "kind", "unit", "bytes", "anchor_gap_s")
-    items = [
-        {**{n: s.get(n) for n in names}, "clip_ids": by_source[s["source_id"]]}
-        for s in sources
-        if s.get("source_id") in by_source and s["status"] == "ok"
-    ]
-    return sorted(items, key=lambda s: (-(s["bytes"] or 0), s["uri"]))
-
-
-def _join_scores(clips: pa.Table, scores: pa.Table, stages: StageSet, tiers: Tiers) -> pa.Table:
-    """Score columns by clip_id. Clips without scores keep nulls; a clip scored twice takes its fullest row."""
-    full_first = scores.take(pc.sort_indices(pa.table({"short": pc.is_valid(scores["skipped_from"])}), [("short", "ascending")]))
-    at = pc.index_in(clips["clip_id"], full_first["clip_id"].combine_chunks()).combine_chunks()
-    for name in scores.column_names:
-        if name != "clip_id":
-            index = clips.schema.get_field_index(name)
-            clips = clips.set_column(index, clips.schema.field(index), full_first[name].take(at))
-    # What never entered the second pass was cut short before its first stage.
-    first = _first_clip_stage(stages)
-    if first < len(stages.stages):
-        never = np.asarray(pc.is_null(at)) & _rejected_by(clips, tiers, first - 1)
-        index = clips.schema.get_field_index("skipped_from")
-        filled = pc.if_else(pa.array(never), stages.stages[first].name, clips["skipped_from"])
-        clips = clips.set_column(index, clips.schema.field(index), filled)
-    return clips
 
 
 def _write_clip_files(clips: pa.Table, stages: StageSet, output: str, console: Console) -> None:

@@ -93,7 +93,7 @@ class ShotsPass:
                 with timer.measure("decode_shots"):
                     frame = next(frames, None)
                     if frame is not None:
-                        small = _small(frame.picture)
+                        small = small_frame(frame.picture)
                 if frame is None:
                     break
                 if not watchers:
@@ -148,7 +148,7 @@ class ShotsPass:
         return {s.name: s.watch(facts) for s in self._stages.with_hook("stream")}
 
 
-def _small(picture: Any) -> np.ndarray:
+def small_frame(picture: Any) -> np.ndarray:
     """The frame at a short side of 72 px as RGB, as stored (not turned): what the watchers of every frame see.
 
     Averaging every pixel of a large frame costs as much as decoding it, so those are sampled down to twice the size first.

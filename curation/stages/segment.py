@@ -1,9 +1,9 @@
 """Segment (Waver §3.1): shots, then clips of at most 10 s without the transitions between them.
 
 PySceneDetect first; frame descriptors confirm its cuts, find the ones it misses and measure how much happens inside a
-shot; dissolves and fades are found and cut off (`curation.shots`). From a shot longer than `max_s` the windows with the
-lowest internal similarity are taken, since that is where something happens. Shots under 2 s become clips as well: the
-`duration` gate of the first tier rejects them, so that their rows stay.
+shot; dissolves and fades are found and cut off (`curation.shots`, `curation.gradual`). From a shot longer than `max_s`
+the windows with the lowest internal similarity are taken, since that is where something happens. Shots under 2 s become
+clips as well: the `duration` gate of the first tier rejects them, so that their rows stay.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from pydantic import Field
 from scenedetect import AdaptiveDetector, FrameTimecode
 
 from curation import stage
-from curation.shots import Shot, ShotRules, gradual_transitions, hard_cuts, split_shots
+from curation.gradual import gradual_transitions
+from curation.shots import Shot, ShotRules, hard_cuts, split_shots
 from curation.stage import Row, SourceFacts, StreamFrame
 from waver_core.backends.contracts import FrameEmbedder
 from waver_core.config import Strict

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curation.shots import Shot, ShotRules, Transition, gradual_transitions, hard_cuts, split_shots
+from curation.gradual import gradual_transitions
+from curation.shots import Shot, ShotRules, Transition, hard_cuts, split_shots
 from waver_core.backends.embedded.color_layout import ColorLayout
 from waver_core.synthetic import Background, Camera, random_video, single_shot
 
