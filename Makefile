@@ -47,7 +47,7 @@ format: $(DEV_STAMP)  ## Format the code and mend what the linter can
 	$(PY) -m ruff format $(CODE)
 
 bench: $(DEV_STAMP)  ## List the benchmarks; each is a script with its own --help
-	@for script in benchmarks/*.py; do [ -e "$$script" ] && echo "$(PY) $$script" || echo "no benchmarks yet"; done
+	@for script in benchmarks/[a-z]*.py; do case "$$script" in */common.py) ;; *) echo "$(PY) $$script";; esac; done
 
 setup: $(RUN_STAMP)  ## Install what running needs into .venv
 setup-dev: $(DEV_STAMP)  ## Install what running, tests and checks need into .venv

@@ -52,7 +52,7 @@ def run(
     from curation.funnel import Execute, run_funnel
     from curation.serial import run_serial
 
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
+    console = _console()
     settings = load_config(config, profile or [], set_ or [])
     tier_gates(settings, load_stages(settings))  # configuration errors come before a cluster is started
     source, target = (str(Path(local_path(uri)).resolve()) if is_local(uri) else uri for uri in (input_uri, output))
@@ -84,12 +84,17 @@ def preview(output: Output, config: ConfigPath = None, profile: Profiles = None,
         clips = [c.clips if c else 0 for c in (old, new)]
         hours = [duration_text((c.hours if c else 0.0) * 3600) for c in (old, new)]
         table.add_row(tier, f"{clips[0]:,}", f"{clips[1]:,}", f"{clips[1] - clips[0]:+,}", *hours)
-    console = Console(highlight=False)
+    console = _console()
     console.print(table)
     if result.unscored:
         console.print(
             f"{result.unscored:,} clips were rejected before all their scores were made; a run with these thresholds makes them."
         )
+
+
+def _console() -> Console:
+    """The terminal, or a log wide enough for the tables."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 150)
 
 
 def main() -> None:

@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from curation.gates import Tiers, first_failures, pass_mask
 from waver_core.errors import UserError
-from waver_core.manifest import INDEX_NAME
-from waver_core.storage import join, open_file, read_bytes
+from waver_core.manifest import INDEX_NAME, open_parquet
+from waver_core.storage import is_local, join, read_bytes
 
 _BATCH_ROWS = 500_000
 
@@ -115,9 +114,9 @@ def _batches(folder: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
     except FileNotFoundError as error:
         raise UserError(f"no clip table at {folder}: run the funnel with this output first") from error
     for name in index["shards"]:
-        with open_file(join(folder, name)) as handle:
-            shard = pq.ParquetFile(handle)
+        uri = join(folder, name)
+        with open_parquet(uri) as shard:
             missing = [c for c in columns if c not in shard.schema_arrow.names]
             if missing:
                 raise UserError(f"the stored table lacks {', '.join(missing)}: run the funnel again with this configuration")
-            yield from shard.iter_batches(_BATCH_ROWS, columns=columns)
+            yield from shard.iter_batches(_BATCH_ROWS, columns=columns, use_threads=is_local(uri))

@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from waver_core.config import digest_of
 from waver_core.errors import UserError
-from waver_core.manifest import SOURCE_SCHEMA, read_tables, write_table
-from waver_core.storage import exists, join, list_files, make_folder, open_file, remove, write_atomic
+from waver_core.manifest import SOURCE_SCHEMA, open_parquet, read_tables, write_table
+from waver_core.storage import exists, join, list_files, make_folder, remove, write_atomic
 
 SOURCE_WORK_SCHEMA = pa.schema([*SOURCE_SCHEMA, ("stamp", pa.string()), ("anchor_gap_s", pa.float64()), ("unit", pa.string())])
 
@@ -104,8 +103,8 @@ class WorkFolder:
 def _seconds_in(uris: Iterable[str]) -> dict[str, float]:
     total: dict[str, float] = {}
     for uri in uris:
-        with open_file(uri) as handle:
-            metadata = pq.read_schema(handle).metadata or {}
+        with open_parquet(uri) as file:
+            metadata = file.schema_arrow.metadata or {}
         for name, value in json.loads(metadata.get(b"seconds", b"{}")).items():
             total[name] = total.get(name, 0.0) + value
     return total

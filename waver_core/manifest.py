@@ -10,7 +10,8 @@ import hashlib
 import io
 import json
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from waver_core.errors import UserError
-from waver_core.storage import join, list_files, open_file, read_bytes, remove, write_atomic
+from waver_core.storage import is_local, join, list_files, local_path, open_file, read_bytes, remove, write_atomic
 
 VERSION = 1
 _NAMESPACE = uuid.UUID("6f0c3f0e-6a35-5d43-9b7e-2b0a0c1d7f51")
@@ -110,13 +111,27 @@ def write_table(uri: str, table: pa.Table, metadata: Mapping[str, str] | None = 
     write_atomic(uri, buffer.getvalue())
 
 
+@contextmanager
+def open_parquet(uri: str) -> Iterator[pq.ParquetFile]:
+    """A Parquet file on any file system. Read it with `use_threads` only where `is_local(uri)` holds.
+
+    Local files are opened by Arrow itself. Through a Python file object Arrow's threads need the interpreter, and one
+    that is still letting go of it when the process ends takes the process down with an abort.
+    """
+    if is_local(uri):
+        with pq.ParquetFile(local_path(uri)) as file:
+            yield file
+    else:
+        with open_file(uri) as handle, pq.ParquetFile(handle) as file:
+            yield file
+
+
 def read_tables(uris: Sequence[str], schema: pa.Schema) -> pa.Table:
     """Read Parquet shards into one table of the given schema; a shard's missing columns become nulls."""
     tables = []
     for uri in uris:
-        with open_file(uri) as handle:
-            # Without threads: one of Arrow's that lets go of `handle` while Python shuts down aborts the process.
-            table = pq.ParquetFile(handle).read(use_threads=False)
+        with open_parquet(uri) as file:
+            table = file.read(use_threads=is_local(uri))
         arrays = [table[f.name].cast(f.type) if f.name in table.column_names else pa.nulls(len(table), f.type) for f in schema]
         tables.append(pa.table(arrays, schema=schema))
     return pa.concat_tables(tables) if tables else schema.empty_table()
@@ -156,6 +171,7 @@ def read_manifest(folder: str) -> pa.Table:
         )
     tables = []
     for name in index["shards"]:
-        with open_file(join(folder, name)) as handle:
-            tables.append(pq.ParquetFile(handle).read(use_threads=False))
+        uri = join(folder, name)
+        with open_parquet(uri) as file:
+            tables.append(file.read(use_threads=is_local(uri)))
     return pa.concat_tables(tables)
