@@ -32,7 +32,7 @@ from curation.stage import StageSet, load_stages
 from curation.tables import clips_of, join_scores, pending_scores, resolve_tables
 from curation.workfolder import WorkFolder
 from waver_core import __version__
-from waver_core.config import Config, Pass, digest_of
+from waver_core.config import Config, digest_of
 from waver_core.errors import MediaError, RunFailed
 from waver_core.manifest import SOURCE_SCHEMA, write_table
 from waver_core.storage import exists, join, read_bytes, size_and_mtime, write_atomic
@@ -91,14 +91,14 @@ def run_funnel(config: Config, input_uri: str, output: str, execute: Execute, co
     sources = _identify(config, listed, known, execute, console)
     done = {s["source_id"] for s in known}
     todo = [s for s in sources if s["status"] == "new" and s["source_id"] not in done]
-    _run_pass("shots", ShotsPass, config, work, _largest_first(todo), config.funnel.passes.shots, execute, console)
+    _run_pass("shots", ShotsPass, _largest_first(todo), config, work, execute, console)
 
     finished, shot_seconds = work.read_sources()
     sources = _with_results(sources, finished)
     clips = clips_of(sources, finished, work, stages)
     clips = resolve_tables(clips, stages, tiers)
     pending = pending_scores(clips, sources, work, stages, tiers)
-    _run_pass("scores", ScoresPass, config, work, pending, config.funnel.passes.scores, execute, console)
+    _run_pass("scores", ScoresPass, pending, config, work, execute, console)
 
     scores, score_seconds = work.read_scores(score_schema(stages))
     clips = join_scores(clips, scores, stages, tiers)
@@ -154,9 +154,14 @@ def run_funnel(config: Config, input_uri: str, output: str, execute: Execute, co
 
 
 def _identify(config: Config, listed: list[Row], known: list[Row], execute: Execute, console: Console) -> list[Row]:
-    """Source id of every listed file; unchanged files that were seen before are not read again."""
-    by_uri = {(s["uri"], s["bytes"], s["stamp"]): s["source_id"] for s in known}
-    fresh, out = [], []
+    """Source id of every listed file; unchanged files that were seen before are not read again.
+
+    Of files with the same bytes the first by name is the source and the others are exact duplicates, whichever came first.
+    """
+    by_stat = {(s["uri"], s["bytes"], s["stamp"]): s["source_id"] for s in known}
+    fresh: list[Row] = []
+    out: list[Row] = []
+    fresh_bytes = 0
     for file in listed:
         if file["kind"] == "other":
             out.append({**file, "status": "ignored", "reason": "not_media", "error": "neither a video nor an image by its name"})
@@ -164,21 +169,19 @@ def _identify(config: Config, listed: list[Row], known: list[Row], execute: Exec
         try:
             size, stamp = size_and_mtime(file["uri"])
         except OSError:
-            size, stamp = -1, ""
-        source_id = by_uri.get((file["uri"], size, stamp))
+            size, stamp = 0, ""
+        source_id = by_stat.get((file["uri"], size, stamp))
         if source_id:
             out.append({**file, "source_id": source_id, "bytes": size, "stamp": stamp, "status": "new"})
         else:
-            fresh.append({**file, "size_hint": size})
-    total_bytes = sum(max(0, f["size_hint"]) for f in fresh)
-    run = execute if total_bytes > _SMALL_INPUT_BYTES else run_serial
-    units = Pass(cpus=config.funnel.passes.shots.cpus, max_actors=config.funnel.passes.shots.max_actors, sources_per_task=16)
-    with Progress("identify", len(fresh), total_bytes, console) as progress:
-        for row in run(Identify, (config,), [{k: v for k, v in f.items() if k != "size_hint"} for f in fresh], units):
-            out.append({**row, "status": "quarantined" if row["reason"] else "new"})
-            progress.advance(row["bytes"] or 0, failed=bool(row["reason"]))
+            fresh.append(file)
+            fresh_bytes += size
+    run = execute if fresh_bytes > _SMALL_INPUT_BYTES else run_serial
+    units = config.funnel.passes.shots.model_copy(update={"gpus": 0.0, "sources_per_task": 16})
+    for row in _watched("identify", run(Identify, (config,), fresh, units), len(fresh), fresh_bytes, config, console):
+        out.append({**row, "status": "quarantined" if row["reason"] else "new"})
     out.sort(key=lambda s: s["uri"])
-    first_uri = {s["source_id"]: s["uri"] for s in known if any(o["uri"] == s["uri"] for o in out)} if len(known) < 10_000 else {}
+    first_uri: dict[str, str] = {}
     for source in out:
         if source["status"] == "new":
             keeper = first_uri.setdefault(source["source_id"], source["uri"])
@@ -187,33 +190,36 @@ def _identify(config: Config, listed: list[Row], known: list[Row], execute: Exec
     return out
 
 
-def _run_pass(
-    name: str,
-    factory: Any,
-    config: Config,
-    work: WorkFolder,
-    items: list[Row],
-    resources: Pass,
-    execute: Execute,
-    console: Console,
-) -> None:
-    """Run one pass; stops the run when too many of its items fail."""
+def _watched(name: str, results: Iterator[Row], n: int, n_bytes: int, config: Config, console: Console) -> Iterator[Row]:
+    """Pass results on with progress; raises `RunFailed` when more of them are failures than the budget allows.
+
+    A result that failed has a `reason`; `bytes` is the size of its source.
+    """
     budget = config.funnel.failure_budget
     reasons: Counter[str] = Counter()
-    done = 0
-    with Progress(name, len(items), sum(i["bytes"] or 0 for i in items), console) as progress:
-        for summary in execute(factory, (config, work), items, resources):
-            done += 1
-            if summary["failed"]:
-                reasons[summary["reason"]] += 1
-            progress.advance(summary["bytes"], failed=summary["failed"])
-            failed = sum(reasons.values())
+    with Progress(name, n, n_bytes, console) as progress:
+        for done, row in enumerate(results, start=1):
+            if row["reason"]:
+                reasons[row["reason"]] += 1
+            progress.advance(row["bytes"] or 0, failed=bool(row["reason"]))
+            failed = reasons.total()
             if done >= budget.min_items and failed > budget.max_share * done:
-                common = ", ".join(f"{n} {reason}" for reason, n in _commonest(reasons.elements()))
+                common = ", ".join(f"{count} {reason}" for reason, count in _commonest(reasons.elements()))
                 raise RunFailed(
                     f"stopped: {failed} of {done} sources failed in the pass '{name}' ({common}), more than "
                     f"funnel.failure_budget.max_share = {budget.max_share:g}. What is done is kept; run again to go on"
                 )
+            yield row
+
+
+def _run_pass(
+    name: str, factory: Any, items: list[Row], config: Config, work: WorkFolder, execute: Execute, console: Console
+) -> None:
+    """Run one pass over its items; results go to the work folder."""
+    resources = getattr(config.funnel.passes, name)
+    results = execute(factory, (config, work), items, resources)
+    for _ in _watched(name, results, len(items), sum(i["bytes"] or 0 for i in items), config, console):
+        pass
 
 
 def _largest_first(sources: list[Row]) -> list[Row]:

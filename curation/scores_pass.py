@@ -74,11 +74,9 @@ class ScoresPass:
             missing = [r for r in rows if r["clip_id"] not in {s["clip_id"] for s in scored}]
             scored += self._failed(missing, MediaError("no_frames", "no frame of the clip came in the second decode"))
             out.extend(scored)
-            errors = {k: v for s in scored for k, v in s.items() if k.endswith("_error") and v}
-            reason = next(iter(errors.values()), "")
-            summaries.append(
-                {"source_id": source["source_id"], "failed": bool(errors), "reason": reason, "bytes": source["bytes"]}
-            )
+            failed = next(((k, v) for s in scored for k, v in s.items() if k.endswith("_error") and v), None)
+            reason = f"{failed[0].removesuffix('_error')}: {failed[1]}" if failed else ""
+            summaries.append({"source_id": source["source_id"], "reason": reason, "bytes": source["bytes"]})
         unit = digest_of(sorted((s["source_id"], *sorted(s["clip_ids"])) for s in sources))
         self._work.commit_scores(unit, rows_to_table(out, self._schema), timer.seconds)
         self._work.end_attempts(s["source_id"] for s in sources)

@@ -51,15 +51,7 @@ class ShotsPass:
             rows.extend(clips)
         self._work.commit_shots(finished, rows_to_table(rows, self._stages.schema), timer.seconds)
         self._work.end_attempts(s["source_id"] for s in finished)
-        return [
-            {
-                "source_id": s["source_id"],
-                "failed": s["status"] != "ok",
-                "reason": s.get("reason") or "",
-                "bytes": s["bytes"] or 0,
-            }
-            for s in finished
-        ]
+        return [{"source_id": s["source_id"], "reason": s.get("reason") or "", "bytes": s["bytes"] or 0} for s in finished]
 
     def _process(self, source: Row, timer: StageTimer) -> tuple[Row, list[Row]]:
         facts, watchers, thumbnails, extra = (self._watch_image if source["kind"] == "image" else self._watch_video)(
