@@ -113,7 +113,9 @@ def finish(name: str, figures: dict[str, Any], save: bool, before: dict[str, Any
     """Write `benchmarks/results/<name>.json` if asked to: figures, command, date, versions and hardware."""
     if not save:
         return
-    command = shlex.join(["python", *[a.removeprefix(f"{ROOT}/") for a in sys.argv]])
+    # Where files lie on this machine is nobody else's business: paths outside the tree are kept by name alone.
+    words = [a.removeprefix(f"{ROOT}/") for a in sys.argv]
+    command = shlex.join(["python", *(Path(w).name if w.startswith("/") else w for w in words)])
     head = {"benchmark": name, "command": command, "date": datetime.now(UTC).isoformat(timespec="seconds")}
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"

@@ -35,9 +35,9 @@ class ShotRules:
 
     cut_similarity: float = 0.6
     """Below this a lone drop is a cut whether PySceneDetect saw it or not."""
-    confirm_similarity: float = 0.83
+    confirm_similarity: float = 0.86
     """A cut of PySceneDetect stands only if the similarity next to it falls below this."""
-    confirm_correlation: float = 0.8
+    confirm_correlation: float = 0.87
     """Or if the luma structure on its two sides correlates less than this."""
     contrast: float = 3.0
     """How many times larger than its neighbours' a drop must be."""

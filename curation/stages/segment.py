@@ -45,7 +45,7 @@ class Options(Strict):
     adaptive_window: int = Field(3, ge=1)
     adaptive_min_shot_s: float = Field(0.6, ge=0)
     cut_similarity: float = Field(0.6, ge=-1, le=1)
-    confirm_similarity: float = Field(0.83, ge=-1, le=1)
+    confirm_similarity: float = Field(0.86, ge=-1, le=1)
 
 
 class Stage(stage.Stage):
