@@ -12,6 +12,7 @@ from typing import ClassVar
 import cv2
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import Field
 
 from curation import stage
@@ -53,16 +54,17 @@ class Stage(stage.Stage):
 
     def resolve(self, clips: pa.Table, eligible: np.ndarray) -> dict[str, pa.Array]:
         """Groups over the eligible clips; the others get nulls. Depends on the set of clips, not on their order."""
-        ids = np.array(clips["clip_id"].to_pylist(), dtype=object)
-        at = np.array([i for i in np.flatnonzero(eligible) if clips["dedup_hashes"][int(i)].is_valid], int)
-        at = at[np.argsort(ids[at], kind="stable")] if len(at) else at
-        hashes = np.array([clips["dedup_hashes"][int(i)].as_py() for i in at], np.uint64).reshape(len(at), N_HASHES)
-        kinds = np.array([clips["kind"][int(i)].as_py() for i in at], dtype=object)
+        ids = clips["clip_id"].to_numpy()
+        stored = clips["dedup_hashes"].combine_chunks()
+        at = np.flatnonzero(eligible & np.asarray(pc.is_valid(stored)))
+        at = at[np.argsort(ids[at], kind="stable")]
+        picked = clips.take(pa.array(at))
+        hashes = stored.take(pa.array(at)).flatten().to_numpy().astype(np.uint64).reshape(len(at), N_HASHES)
+        kinds = pc.dictionary_encode(picked["kind"]).combine_chunks().indices.to_numpy()
         parent, nearest = group_hashes(hashes, kinds, self.options.min_similarity, self.options.max_bucket)
         quality = list(
             zip(
-                np.nan_to_num(np.array(clips["short_side_px"].to_pylist(), float)[at]),
-                np.nan_to_num(np.array(clips["technical_bits_per_pixel"].to_pylist(), float)[at]),
+                *(np.nan_to_num(pc.fill_null(picked[c], 0).to_numpy()) for c in ("short_side_px", "technical_bits_per_pixel")),
                 strict=True,
             )
         )
