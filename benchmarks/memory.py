@@ -84,8 +84,7 @@ def run_pass(name: str, source: str, folder: str) -> None:
         item = {**facts, "unit": found["unit"], "anchor_gap_s": found["anchor_gap_s"], "clip_ids": clips}
         done = list(run_serial(ScoresPass, (config, work), [item], config.funnel.passes.scores))
     found = work.read_sources()[0][0]
-    summary = {name: done[0][name] for name in ("failed", "reason")}
-    print(json.dumps({"frames": found["n_frames"], "clips": found["n_clips"], **summary}))
+    print(json.dumps({"frames": found["n_frames"], "clips": found["n_clips"], "reason": done[0]["reason"]}))
 
 
 def watch_pass(name: str, source: Path, folder: str) -> dict[str, Any]:
@@ -96,7 +95,7 @@ def watch_pass(name: str, source: Path, folder: str) -> dict[str, Any]:
     if done.returncode:
         raise SystemExit(f"the pass '{name}' failed:\n{done.stderr[-3000:]}")
     said = json.loads(done.stdout.strip().splitlines()[-1])
-    if said["failed"]:
+    if said["reason"]:
         raise SystemExit(f"the pass '{name}' failed: {said['reason']}")
     times_s, memory_mb = (np.array(v) for v in zip(*usage.series, strict=True))
     steady = times_s > 0.25 * times_s[-1]  # the start loads code and networks
