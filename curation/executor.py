@@ -23,6 +23,10 @@ Worker = Callable[[list[Row]], list[Row]]
 _ROOT = str(Path(__file__).resolve().parent.parent)
 
 
+_STOP = "stop"
+"""Column of a result that ends the run: the text of a worker's `UserError`."""
+
+
 class _Actor:
     """What Ray Data builds in every worker process: a pass, called with the rows of one unit."""
 
@@ -32,7 +36,11 @@ class _Actor:
         self._worker = factory(*args)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        return pa.Table.from_pylist(self._worker(batch.to_pylist()))
+        try:
+            rows = self._worker(batch.to_pylist())
+        except UserError as error:  # Ray would wrap it until nobody knows it: hand it over as a row
+            return pa.table({_STOP: [str(error)]})
+        return pa.Table.from_pylist(rows)
 
 
 def connect() -> None:
@@ -91,10 +99,10 @@ def run_on_ray(factory: Callable[..., Worker], args: tuple[Any, ...], items: lis
         **options,
     )
     try:
-        yield from dataset.iter_rows()
+        for row in dataset.iter_rows():
+            if row.get(_STOP):
+                raise UserError(row[_STOP])
+            yield row
     except ray.exceptions.RayError as error:
-        cause = getattr(error, "cause", None)
-        if isinstance(cause, UserError):
-            raise cause from error
         first = str(error).strip().splitlines()[-1]
         raise RunFailed(f"the workers failed: {first} (details in the logs of Ray's session)") from error

@@ -18,7 +18,7 @@ from curation.gates import rejected_by, tier_gates
 from curation.stage import ClipMedia, FrameRequest, Frames, Row, StageSet, load_stages
 from curation.workfolder import WorkFolder
 from waver_core.config import Config, digest_of
-from waver_core.errors import MediaError
+from waver_core.errors import MediaError, UserError
 from waver_core.manifest import rows_to_table
 from waver_core.telemetry import StageTimer
 from waver_core.video import OpenVideo, open_video, quarter_turns, read_image, to_rgb
@@ -69,6 +69,8 @@ class ScoresPass:
                 if attempt > self._config.funnel.max_attempts:
                     raise MediaError("crashes_worker", f"a worker died {attempt - 1} times on this file in one run")
                 scored = [self._score(media, timer) for media in self._media(source, rows, timer)]
+            except UserError:  # a missing package or weight is no fault of the file: stop, and say what mends it
+                raise
             except Exception as error:  # decoding failed the second time: an error on every clip of the source
                 scored = self._failed(rows, error)
             missing = [r for r in rows if r["clip_id"] not in {s["clip_id"] for s in scored}]
@@ -96,6 +98,8 @@ class ScoresPass:
             try:
                 with timer.measure(stage.name):
                     scores = stage.score(media)
+            except UserError:
+                raise
             except Exception as error:  # an error is a null with a text, never a score; the other stages go on
                 scores = {f"{stage.name}_error": f"{type(error).__name__}: {error}"[:500]}
             row.update(scores)

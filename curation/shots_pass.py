@@ -11,7 +11,7 @@ from curation.stage import Row, SourceFacts, StageSet, StreamFrame, load_stages
 from curation.thumbnails import Thumbnails
 from curation.workfolder import WorkFolder
 from waver_core.config import Config
-from waver_core.errors import MediaError
+from waver_core.errors import MediaError, UserError
 from waver_core.manifest import clip_id, rows_to_table
 from waver_core.storage import write_atomic
 from waver_core.telemetry import StageTimer
@@ -44,6 +44,8 @@ class ShotsPass:
                 record, clips = self._process(source, timer)
             except MediaError as error:
                 record, clips = {**source, "status": "quarantined", "reason": error.reason, "error": str(error), "n_clips": 0}, []
+            except UserError:  # a missing package or weight is no fault of the file: stop, and say what mends it
+                raise
             except Exception as error:  # a bug of ours or a library's must cost one file, not the run
                 record = {**source, "status": "quarantined", "reason": "internal_error", "error": repr(error)[:500], "n_clips": 0}
                 clips = []

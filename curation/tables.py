@@ -85,7 +85,9 @@ def pending_scores(clips: pa.Table, sources: list[Row], work: WorkFolder, stages
 
 def join_scores(clips: pa.Table, scores: pa.Table, stages: StageSet, tiers: Tiers) -> pa.Table:
     """Score columns by clip_id. Clips without scores keep nulls; a clip scored twice takes its fullest row."""
-    full_first = scores.take(pc.sort_indices(pa.table({"short": pc.is_valid(scores["skipped_from"])}), [("short", "ascending")]))
+    names = pa.array([s.name for s in stages.stages])
+    reached = pc.fill_null(pc.index_in(scores["skipped_from"], names), len(names))
+    full_first = scores.take(pc.sort_indices(pa.table({"reached": reached}), [("reached", "descending")]))
     at = pc.index_in(clips["clip_id"], full_first["clip_id"].combine_chunks()).combine_chunks()
     for name in scores.column_names:
         if name != "clip_id":

@@ -1,14 +1,11 @@
-"""Logging and timers that every plane shares."""
+"""Timers and durations that every plane shares."""
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-LOGGER = logging.getLogger("openwaver")
 
 
 class StageTimer:

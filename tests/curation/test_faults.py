@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import curation.shots_pass
 from curation.shots_pass import ShotsPass
 from curation.workfolder import WorkFolder
 from waver_core.config import load_config
-from waver_core.errors import RunFailed
+from waver_core.errors import BackendUnavailable, RunFailed
 from waver_core.synthetic import Background, single_shot, write_video
 
 
@@ -201,3 +202,14 @@ def test_an_unexpected_error_costs_one_file_and_not_the_run(tmp_path: Path, cura
     result = curate(source, tmp_path / "out")
     verdicts = {Path(s["uri"]).name: (s["status"], s["reason"]) for s in result.sources}
     assert verdicts == {"good.mp4": ("ok", None), "odd.mp4": ("quarantined", "internal_error")}
+
+
+def test_a_missing_package_stops_the_run_with_the_command_that_mends_it(
+    tmp_path: Path, curate: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    _good(source / "good.mp4")
+    monkeypatch.setitem(sys.modules, "rapidocr", None)
+    with pytest.raises(BackendUnavailable, match="pip install rapidocr"):
+        curate(source, tmp_path / "out")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 
 import waver_core.storage
 from curation.shots_pass import ShotsPass
+from waver_core.errors import RunFailed
+from waver_core.video import OpenVideo
 
 
 class Killed(BaseException):
@@ -94,3 +97,33 @@ def test_a_source_that_kills_its_worker_is_given_up_after_three_tries(collection
     assert work.begin_attempt("s") == 1
     # A new run starts its own count: a killed driver must not be held against the files in flight.
     assert WorkFolder(str(tmp_path), "k", "k", "other run").begin_attempt("s") == 1
+
+
+def test_the_fullest_of_several_score_rows_counts(
+    collection: Path, tmp_path: Path, curate: Any, rows_of: Any, undisturbed: Any
+) -> None:
+    """Cut short after aesthetic, then after overlay, then not at all: every loosening must show, in whatever order rows lie."""
+    first = "tiers.192p.a={column: aesthetic_score, min: 10}"
+    second = "tiers.192p.b={column: overlay_text_boxes, min: 1000}"
+    for overrides, reached in (((first,), "overlay"), ((second,), "motion")):
+        with pytest.raises(RunFailed):
+            curate(collection, tmp_path, *overrides)
+        assert {r["skipped_from"] for r in rows_of(tmp_path)} == {reached}
+    curate(collection, tmp_path)
+    assert rows_of(tmp_path) == undisturbed
+
+
+def test_no_frame_is_decoded_more_than_twice(
+    collection: Path, tmp_path: Path, curate: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: Counter[tuple[str, float]] = Counter()
+    frames = OpenVideo.frames
+
+    def counting(self: OpenVideo) -> Any:
+        for frame in frames(self):
+            seen[self.container.name, frame.time_s] += 1
+            yield frame
+
+    monkeypatch.setattr(OpenVideo, "frames", counting)
+    curate(collection, tmp_path, "funnel.score_reference_frames_only=false")
+    assert set(seen.values()) <= {1, 2} and 2 in seen.values()
