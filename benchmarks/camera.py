@@ -32,7 +32,7 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
-from curation.camera import LABELS
+from waver_core.camera import LABELS
 from curation.funnel import run_funnel
 from curation.scores_pass import sample_clips
 from curation.serial import run_serial

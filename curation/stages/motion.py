@@ -15,7 +15,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from curation import stage
-from curation.camera import CameraRules, CameraStep, drop_explained, fit_step, label_camera
+from waver_core.camera import CameraRules, CameraStep, drop_explained, fit_step, label_camera
 from curation.stage import ClipMedia, FrameRequest, Row
 from waver_core.backends.contracts import FlowEstimator, ForegroundSegmenter
 from waver_core.config import Strict

@@ -1,4 +1,4 @@
-"""What a stage may ask of a backend. Implementations: `embedded/` (no weights) and, with later profiles, `pretrained/`.
+"""What a stage may ask of a backend. Implementations: `embedded/` (no weights) and `pretrained/`.
 
 Every backend has a `fingerprint`: name, version and whatever else changes its numbers; it is written beside the scores.
 Frames are uint8 [T, H, W, 3] RGB throughout.
@@ -6,7 +6,8 @@ Frames are uint8 [T, H, W, 3] RGB throughout.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -101,3 +102,98 @@ class AestheticScorer(Protocol):
 
     def score(self, frames: np.ndarray) -> Aesthetics:
         """uint8 [T, H, W, 3] -> scores per frame."""
+
+
+class ClipView(NamedTuple):
+    """What a judge or captioner sees of one clip: frames uint8 [T, H, W, 3], their times in seconds from the start of the
+    source's video stream [T], and the clip's row so far (span, kind, and the columns of earlier stages; may be empty)."""
+
+    rgb: np.ndarray
+    times_s: np.ndarray
+    row: Mapping[str, Any]
+
+
+ISSUES = (
+    "low_visual_quality",
+    "black_border",
+    "text_overlay",
+    "watermark",
+    "slow_motion",
+    "fast_motion",
+    "perspective_change",
+    "unstable_motion",
+    "subject_cutoff",
+    "overexposed",
+    "dark_or_blurry",
+    "image_animation",
+    "color_imbalance",
+)
+"""The quality issues of Waver §3.2 and §3.5: the first eight are asked at 480p, twelve at 720p, all thirteen at CT."""
+
+
+class Quality(NamedTuple):
+    """Verdict on one clip: the probability of every name in `ISSUES`, and that of high quality; all in [0, 1]."""
+
+    issues: dict[str, float]
+    high_quality: float
+
+
+@runtime_checkable
+class QualityJudge(Protocol):
+    """Which quality issues a clip has (Waver §3.2: VideoLLaMA3, fine-tuned)."""
+
+    fingerprint: str
+
+    def judge(self, clips: Sequence[ClipView]) -> list[Quality | Exception]:
+        """One verdict per clip, in order; a clip that cannot be judged gives the exception that says why."""
+
+
+class SubAction(NamedTuple):
+    """Something that happens in a clip, with its start and end in seconds from the clip's own start."""
+
+    text: str
+    start_s: float
+    end_s: float
+
+
+class Caption(NamedTuple):
+    """What a clip shows (Waver §3.3). `camera` is one of `waver_core.camera.LABELS`; `spatial` are sentences such as
+    "the red disc is to the left of the blue square", always from the viewer's side."""
+
+    text: str
+    short: str
+    sub_actions: tuple[SubAction, ...]
+    camera: str
+    style: str
+    spatial: tuple[str, ...]
+
+
+@runtime_checkable
+class Captioner(Protocol):
+    """Describes clips (Waver §3.3: Qwen2.5-VL, fine-tuned)."""
+
+    fingerprint: str
+
+    def caption(self, clips: Sequence[ClipView]) -> list[Caption | Exception]:
+        """One caption per clip, in order; a clip that cannot be captioned gives the exception that says why."""
+
+
+class ActionLabel(NamedTuple):
+    """A path in the taxonomy of actions; all three are "none" where a caption names no action of it."""
+
+    level1: str
+    level2: str
+    level3: str
+
+
+NO_ACTION = ActionLabel("none", "none", "none")
+
+
+@runtime_checkable
+class ActionLabeler(Protocol):
+    """Names the action that a caption tells of (Waver §3.4: Qwen2.5-32B-Instruct)."""
+
+    fingerprint: str
+
+    def label(self, captions: Sequence[str]) -> list[ActionLabel | Exception]:
+        """One label per caption, in order; a caption that cannot be labelled gives the exception that says why."""

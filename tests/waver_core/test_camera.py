@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curation.camera import LABELS, CameraRules, CameraStep, drop_explained, fit_step, label_camera
+from waver_core.camera import LABELS, CameraRules, CameraStep, drop_explained, fit_step, label_camera
 
 HEIGHT, WIDTH = 144, 256
 SIZE = (456, 256)

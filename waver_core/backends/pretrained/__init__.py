@@ -1,0 +1,1 @@
+"""Backends that load weights: imported lazily, one file each."""

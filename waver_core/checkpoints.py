@@ -1,0 +1,84 @@
+"""Where the weights of pretrained backends lie, and what a person needs to know before fetching them.
+
+A checkpoint is a folder `<models folder>/<repo>` (or one file in it). Nothing is downloaded while a job runs: a backend
+that does not find its folder raises `BackendUnavailable` with the command that brings it. On a machine without network,
+copy the folder, or give a backend the path of its own with the option `checkpoint`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from waver_core.errors import BackendUnavailable
+
+FETCHED_NAME = "openwaver-fetched.json"
+"""Written beside fetched files: the commit they came from and their digests."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a backend loads: files of a repository on the Hugging Face hub, or a single file at a URL."""
+
+    repo: str
+    """`owner/name` on the hub, or the name under which a URL's file is kept."""
+    size_mb: int | None = None
+    """Size of the files, in 10^6 bytes; None where it is not known."""
+    licence: str = "unknown"
+    files: tuple[str, ...] = ("*.json", "*.txt", "*.model", "*.jinja", "*.safetensors")
+    url: str | None = None
+    sha256: str | None = None
+    revision: str = "main"
+    gated: bool = False
+    """Whether the hub asks for a login and consent first."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the files lie, present or not; `repo` may also be the path of a folder."""
+        given = Path(self.repo).expanduser()
+        return given if given.is_absolute() or given.is_dir() else models_folder() / self.repo
+
+    @property
+    def present(self) -> bool:
+        """Whether at least one file of weights is there and whole (a fetch under way leaves `.incomplete` files)."""
+        folder = self.folder
+        if not folder.is_dir():
+            return False
+        if self.url is not None:
+            return (folder / self.url.rsplit("/", 1)[-1]).is_file()
+        files = [f for f in folder.rglob("*") if f.is_file()]
+        return any(f.suffix in _WEIGHTS for f in files) and not any(f.suffix == ".incomplete" for f in files)
+
+    @property
+    def exact_revision(self) -> str:
+        """The commit that was fetched where that is recorded, else the revision asked for."""
+        try:
+            return str(json.loads((self.folder / FETCHED_NAME).read_text())["revision"])
+        except (OSError, ValueError, KeyError):
+            return self.revision
+
+    def locate(self) -> Path:
+        """The folder (or, for a URL, the file) to load. Raises `BackendUnavailable` with what to do where it is missing."""
+        if not self.present:
+            size = f"{self.size_mb:,} MB" if self.size_mb else "size unknown"
+            raise BackendUnavailable(
+                f"the checkpoint {self.repo} ({size}, licence {self.licence}) is not at {self.folder}: run "
+                f"`python -m waver_core.models fetch --checkpoint {self.repo}`, or set OPENWAVER_MODELS to the folder that has it"
+            )
+        return self.folder / self.url.rsplit("/", 1)[-1] if self.url else self.folder
+
+
+_WEIGHTS = {".safetensors", ".pth", ".pt", ".bin", ".pdiparams", ".onnx"}
+
+
+def models_folder() -> Path:
+    """`$OPENWAVER_MODELS`, or `~/.cache/openwaver/models`."""
+    return Path(os.environ.get("OPENWAVER_MODELS") or Path.home() / ".cache" / "openwaver" / "models").expanduser()
+
+
+def known_or(repo: str, known: tuple[Checkpoint, ...], revision: str | None = None) -> Checkpoint:
+    """The entry of `known` for `repo`, or an entry about which nothing is known; with another revision if one is given."""
+    checkpoint = next((c for c in known if c.repo == repo), Checkpoint(repo))
+    return replace(checkpoint, revision=revision) if revision else checkpoint
