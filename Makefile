@@ -6,17 +6,19 @@ PY := $(VENV)/bin/python
 VENV_STAMP := $(VENV)/.stamp-venv
 RUN_STAMP := $(VENV)/.stamp-run
 DEV_STAMP := $(VENV)/.stamp-dev
+MODELS_STAMP := $(VENV)/.stamp-models
 CODE := waver_core curation benchmarks tests
 
 # Folders reach the shell by the environment, so that names with spaces need no care.
 VIDEOS ?=
 OUT ?=
-export VIDEOS OUT
+PROFILE ?= embedded
+export VIDEOS OUT PROFILE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test check format bench clean setup setup-dev constraints
+.PHONY: help demo test check format bench models fetch-models check-backends clean setup setup-dev setup-models constraints
 
 help:  ## List the targets
 	@echo "make demo                  Render a collection, curate it, write the report (a few minutes)"
@@ -49,8 +51,18 @@ format: $(DEV_STAMP)  ## Format the code and mend what the linter can
 bench: $(DEV_STAMP)  ## List the benchmarks; each is a script with its own --help
 	@for script in benchmarks/[a-z]*.py; do case "$$script" in */common.py) ;; *) echo "$(PY) $$script";; esac; done
 
+models: $(RUN_STAMP)  ## List the checkpoints and packages that PROFILE=small needs, and which are here
+	@$(PY) curation/models.py list --profile "$$PROFILE"
+
+fetch-models: $(RUN_STAMP)  ## Download the checkpoints of PROFILE=small that are missing
+	@$(PY) curation/models.py fetch --profile "$$PROFILE"
+
+check-backends: $(RUN_STAMP)  ## Load every backend of PROFILE=small and let it answer on one clip
+	@$(PY) curation/models.py check --profile "$$PROFILE"
+
 setup: $(RUN_STAMP)  ## Install what running needs into .venv
 setup-dev: $(DEV_STAMP)  ## Install what running, tests and checks need into .venv
+setup-models: $(MODELS_STAMP)  ## Install what backends with weights need into .venv (torch, transformers)
 
 clean:  ## Remove .venv, caches and builds; results in out/ stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
@@ -76,4 +88,8 @@ $(RUN_STAMP): pyproject.toml constraints.txt | $(VENV_STAMP)
 
 $(DEV_STAMP): pyproject.toml constraints.txt | $(VENV_STAMP)
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $(RUN_STAMP) $@
+
+$(MODELS_STAMP): pyproject.toml constraints.txt | $(VENV_STAMP)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[models]"
 	@touch $(RUN_STAMP) $@

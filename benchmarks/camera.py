@@ -35,7 +35,7 @@ from benchmarks import common
 from waver_core.camera import LABELS
 from curation.funnel import run_funnel
 from curation.scores_pass import sample_clips
-from curation.serial import run_serial
+from curation.serial import Serial
 from curation.stage import load_stages
 from waver_core.config import Config, load_config
 from waver_core.synthetic import CAMERAS, Background, Border, Camera, Overlay, Shape, Shot, Video, random_video, truth
@@ -207,7 +207,7 @@ def judge_overlays(videos: Sequence[tuple[Video, set[str]]], work: Path, jobs: i
     with tempfile.TemporaryDirectory(dir=work) as folder:
         config = load_config(common.config_file(Path(folder) / "open.yaml", tiers=common.OPEN_TIERS))
         listed = common.input_list(Path(folder) / "list.csv", paths)
-        clips = run_funnel(config, str(listed), f"{folder}/out", run_serial, Console(quiet=True)).clips.to_pylist()
+        clips = run_funnel(config, str(listed), f"{folder}/out", Serial(), Console(quiet=True)).clips.to_pylist()
     wanted = {str(path): (video, flags) for path, (video, flags) in zip(paths, videos, strict=True)}
     counts: Counter[tuple[str, bool, bool]] = Counter()
     wrong, border_errors = [], []

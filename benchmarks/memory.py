@@ -24,10 +24,13 @@ import typer
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
+from curation.gates import tier_gates
+from curation.passes import later_passes
 from curation.scores_pass import ScoresPass
-from curation.serial import run_serial
+from curation.serial import Serial, units_of
 from curation.shots_pass import ShotsPass
 from curation.stage import load_stages
+from curation.tables import clips_of, pending_clips, units_by_source
 from curation.workfolder import WorkFolder
 from waver_core.config import load_config
 from waver_core.synthetic import Video, random_video
@@ -72,17 +75,18 @@ def run_pass(name: str, source: str, folder: str) -> None:
     """One pass over one source in this process; the second one takes up what the first has left in the work folder."""
     config = load_config(Path(folder) / "open.yaml")
     stages = load_stages(config)
-    work = WorkFolder(folder, "bench", "bench", "bench")
-    facts = {"source_id": "bench", "uri": source, "kind": "video", "bytes": Path(source).stat().st_size}
+    scores = next(p for p in later_passes(config, stages) if p.name == "scores")
+    work = WorkFolder(folder, {"shots": "bench", "scores": "bench"}, "bench")
     if name == "shots":
         work.prepare()
-        item = {**facts, "dataset": None, "licence": None, "style": None, "stamp": None}
-        done = list(run_serial(ShotsPass, (config, work), [item], config.funnel.passes.shots))
+        facts = {"source_id": "bench", "uri": source, "kind": "video", "bytes": Path(source).stat().st_size}
+        units = units_of([{**facts, "dataset": None, "licence": None, "style": None, "stamp": None}], 1)
+        done = list(Serial().run(ShotsPass, (config, work), units, config.funnel.resources("shots")))
     else:
-        found = work.read_sources()[0][0]
-        clips = work.read_clips([found["unit"]], stages.schema)["clip_id"].to_pylist()
-        item = {**facts, "unit": found["unit"], "anchor_gap_s": found["anchor_gap_s"], "clip_ids": clips}
-        done = list(run_serial(ScoresPass, (config, work), [item], config.funnel.passes.scores))
+        sources = work.read_sources()[0]
+        clips = clips_of(sources, sources, work, stages)
+        units = units_by_source(pending_clips(clips, sources, work, scores, stages, tier_gates(config, stages)), 1)
+        done = list(Serial().run(ScoresPass, (config, work, "scores"), units, scores.resources))
     found = work.read_sources()[0][0]
     print(json.dumps({"frames": found["n_frames"], "clips": found["n_clips"], "reason": done[0]["reason"]}))
 

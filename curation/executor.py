@@ -5,21 +5,25 @@ The only module of the plane that imports Ray; `curation.serial` does the same i
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import logging
 import os
 import secrets
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.fs
+from fsspec.core import url_to_fs
 
-from waver_core.config import Pass
-from waver_core.errors import RunFailed, UserError
+from curation.serial import Factory, Row, Worker, members
+from waver_core.config import Llm, Pass
+from waver_core.errors import BackendUnavailable, RunFailed, UserError
+from waver_core.storage import is_local, local_path
 
-Row = dict[str, Any]
-Worker = Callable[[list[Row]], list[Row]]
 _ROOT = str(Path(__file__).resolve().parent.parent)
 
 
@@ -68,36 +72,125 @@ def _prepare_private_cluster() -> None:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
-def run_on_ray(factory: Callable[..., Worker], args: tuple[Any, ...], items: list[Row], resources: Pass) -> Iterator[Row]:
-    """Run a pass over items; yields summaries as units finish, in any order. Raises `RunFailed` when workers cannot run."""
-    if not items:
-        return
+class OnRay:
+    """Every unit of work a block of a Ray Dataset, every pass a pool of actors."""
+
+    def run(
+        self, factory: Callable[..., Worker], args: tuple[Any, ...], units: Sequence[pa.Table], resources: Pass
+    ) -> Iterator[Row]:
+        """See `curation.serial.Executor`. Raises `RunFailed` when workers cannot run."""
+        if not units:
+            return
+        dataset = _blocks(units).map_batches(
+            _Actor, fn_constructor_args=(factory, args), **_pool(resources, len(units)), batch_size=None, batch_format="pyarrow"
+        )
+        yield from _rows(dataset)
+
+    def converse(
+        self, asker: Factory, answerer: Factory, args: tuple[Any, ...], units: Sequence[pa.Table], resources: Pass
+    ) -> Iterator[Row]:
+        """See `curation.serial.Executor`. Frames travel as JPEG inside the questions and no further than the model."""
+        if not units:
+            return
+        assert resources.llm is not None
+        dataset = _blocks(units)
+        pool = _pool(resources, len(units), eager=False)
+        questions = dataset.map_batches(
+            _Actor, fn_constructor_args=(asker, args), **pool, batch_format="pyarrow", batch_size=None
+        )
+        answered = language_model(resources.llm)(questions)
+        # Reading answers is next to no work: a share of a core, or the two pools would wait for each other on a small machine.
+        results = answered.map_batches(
+            _Actor, fn_constructor_args=(answerer, args), num_cpus=0.1, concurrency=1, batch_format="pyarrow", batch_size=None
+        )
+        yield from _rows(results)
+
+    def count(self, uris: Sequence[str], keys: Sequence[str], memberships: dict[str, str]) -> pa.Table:
+        """See `curation.serial.Executor`: a read, a projection and a group-by of Ray Data; only sums come back."""
+        connect()
+        import ray.data
+        from ray.data.aggregate import Sum
+
+        columns = list(dict.fromkeys([*keys, *memberships.values()]))
+        paths = [local_path(u) if is_local(u) else u for u in uris]
+        dataset = ray.data.read_parquet(paths, filesystem=_filesystem(uris[0])).select_columns(columns)
+        added = [Sum(name, alias_name=name) for name in ("rows", *memberships)]
+        counted = (
+            dataset.map_batches(members, fn_args=(list(keys), memberships), batch_format="pyarrow", batch_size=None)
+            .groupby(list(keys))
+            .aggregate(*added)
+        )
+        tables = [ray.get(r) for r in counted.to_arrow_refs()]
+        return pa.concat_tables([t for t in tables if t.num_rows]).select([*keys, "rows", *memberships])
+
+
+def language_model(settings: Llm) -> Callable[[Any], Any]:
+    """Dataset of questions -> the same with `generated_text`, by vLLM under `ray.data.llm`.
+
+    Raises `BackendUnavailable` where vLLM is not installed. A question that the model could not answer comes back with
+    `__inference_error__` and costs no other.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise BackendUnavailable("funnel.passes.*.llm needs vLLM on the machines of the cluster: pip install -e '.[vllm]'")
+    from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+
+    config = vLLMEngineProcessorConfig(
+        model_source=settings.model,
+        engine_kwargs=settings.engine,
+        concurrency=settings.replicas,
+        batch_size=settings.batch_size,
+        accelerator_type=settings.accelerator,
+        prepare_multimodal_stage={"enabled": True},
+        should_continue_on_error=True,
+    )
+    return build_processor(config, preprocess=question, postprocess=answer)
+
+
+def question(row: Row) -> Row:
+    """What vLLM is given: the messages, greedy decoding, and the schema that the answer must keep to."""
+    sampling: dict[str, Any] = {"temperature": 0.0, "max_tokens": row["max_tokens"]}
+    schema = json.loads(row["schema"])
+    if schema is not None:
+        sampling["structured_outputs"] = {"json": schema}
+    return {"messages": json.loads(row["messages"]), "sampling_params": sampling}
+
+
+def answer(row: Row) -> Row:
+    """What goes on to the `Answerer`: all but the question itself."""
+    return {name: row[name] for name in ("clip_id", "bytes", "answers", "context", "generated_text")}
+
+
+def _blocks(units: Sequence[pa.Table]) -> Any:
     connect()
-    import ray
     import ray.data
 
     ray.data.DataContext.get_current().enable_progress_bars = False  # `curation.progress` counts sources, not blocks
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    size = resources.sources_per_task
-    blocks = [pa.Table.from_pylist(items[i : i + size]) for i in range(0, len(items), size)]
+    return ray.data.from_arrow(list(units))
+
+
+def _pool(resources: Pass, n_units: int, eager: bool = True) -> dict[str, Any]:
+    """Arguments of `map_batches` for a pool of actors; an eager one takes all cores at once, for nothing else wants them."""
+    import ray
+
     cores = ray.cluster_resources().get("CPU", 1.0)
-    most = max(1, min(resources.max_actors, len(blocks)))
+    most = max(1, min(resources.max_actors, n_units))
     if resources.gpus == 0 and resources.cpus > cores:
         raise UserError(f"a worker wants {resources.cpus:g} CPUs but the cluster has {cores:g}: lower funnel.passes.*.cpus")
     start = min(most, max(resources.min_actors, int(cores // resources.cpus)))
     options: dict[str, Any] = {"num_cpus": resources.cpus}
     if resources.gpus:
         options["num_gpus"] = resources.gpus
+    if resources.gpus or not eager:
+        start = min(most, resources.min_actors)
     if resources.memory_gb:
         options["memory"] = int(resources.memory_gb * 2**30)
-    dataset = ray.data.from_arrow(blocks).map_batches(
-        _Actor,
-        fn_constructor_args=(factory, args),
-        batch_size=size,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(min_size=start, max_size=most),
-        **options,
-    )
+    return {**options, "compute": ray.data.ActorPoolStrategy(min_size=start, max_size=most)}
+
+
+def _rows(dataset: Any) -> Iterator[Row]:
+    import ray
+
     try:
         for row in dataset.iter_rows():
             if row.get(_STOP):
@@ -106,3 +199,10 @@ def run_on_ray(factory: Callable[..., Worker], args: tuple[Any, ...], items: lis
     except ray.exceptions.RayError as error:
         first = str(error).strip().splitlines()[-1]
         raise RunFailed(f"the workers failed: {first} (details in the logs of Ray's session)") from error
+
+
+def _filesystem(uri: str) -> Any:
+    """The Arrow filesystem of a URL, by way of fsspec; None for local paths, which Arrow knows."""
+    if is_local(uri):
+        return None
+    return pa.fs.PyFileSystem(pa.fs.FSSpecHandler(url_to_fs(uri)[0]))

@@ -1,6 +1,7 @@
 """The funnel from input to report; the order of the steps is the order of this file.
 
-    list -> identify -> first pass (shots) -> dedup -> second pass (scores) -> tiers -> manifests -> ledger -> report
+    list -> identify -> first pass (shots) -> dedup -> second pass (scores) -> labels -> tiers -> balance -> manifests
+    -> ledger -> report
 Everything between the passes works on columns only. Every step can be killed and run again: see `curation.workfolder`.
 """
 
@@ -11,7 +12,7 @@ import tempfile
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -20,28 +21,33 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from rich.console import Console
 
+from curation.balance import balance_tiers
 from curation.gates import tier_gates
 from curation.ledger import build_ledger, print_bad_sources, print_ledger, print_tiers
+from curation.llm_pass import converse, units_of_clips
+from curation.passes import LaterPass, later_passes, shots_key
 from curation.progress import Progress
 from curation.report import write_report
-from curation.scores_pass import ScoresPass, score_schema
+from curation.scores_pass import ScoresPass
 from curation.selection import add_reasons, count_tiers
-from curation.serial import run_serial
+from curation.serial import Executor, Serial, units_of
 from curation.shots_pass import ShotsPass
 from curation.stage import StageSet, load_stages
-from curation.tables import clips_of, join_scores, pending_scores, resolve_tables
+from curation.tables import clips_of, join_results, pending_clips, resolve_tables
+from curation.tags import add_training_captions, check_tags
+from curation.text_pass import TextPass
 from curation.workfolder import WorkFolder
 from waver_core import __version__
-from waver_core.config import Config, digest_of
+from waver_core.config import Config
 from waver_core.errors import MediaError, RunFailed
 from waver_core.manifest import SOURCE_SCHEMA, write_table
 from waver_core.storage import exists, join, read_bytes, size_and_mtime, write_atomic
 from waver_core.telemetry import duration_text
 
 Row = dict[str, Any]
-Execute = Callable[..., Iterator[Row]]
 _SMALL_INPUT_BYTES = 8 << 30
 """Up to this much is digested in the driver: sooner done than workers started."""
+_SMALL_TEXTS = 50_000
 
 
 @dataclass(frozen=True)
@@ -75,14 +81,15 @@ class Identify:
         return out
 
 
-def run_funnel(config: Config, input_uri: str, output: str, execute: Execute, console: Console) -> FunnelResult:
+def run_funnel(config: Config, input_uri: str, output: str, execute: Executor, console: Console) -> FunnelResult:
     """Curate everything under `input_uri` into `output`. Raises `UserError` or `RunFailed` with one clear line."""
     started, started_at = time.monotonic(), datetime.now(UTC)
     stages = load_stages(config)
     tiers = tier_gates(config, stages)
-    shots_key = stages.fingerprint("stream")
-    scores_key = digest_of([shots_key, stages.fingerprint("clip"), config.funnel.score_reference_frames_only])
-    work = WorkFolder(output, shots_key, scores_key, uuid.uuid4().hex[:12])
+    check_tags(config.tags, stages.schema)
+    later = later_passes(config, stages)
+    keys = {"shots": shots_key(stages), **{p.name: p.key for p in later}}
+    work = WorkFolder(output, keys, uuid.uuid4().hex[:12])
     listed = stages.named("ingest").list_input(input_uri)
     work.prepare()
     write_atomic(join(output, "config.yaml"), config.resolved_yaml())
@@ -91,28 +98,34 @@ def run_funnel(config: Config, input_uri: str, output: str, execute: Execute, co
     sources = _identify(config, listed, known, execute, console)
     done = {s["source_id"] for s in known}
     todo = [s for s in sources if s["status"] == "new" and s["source_id"] not in done]
-    _run_pass("shots", ShotsPass, _largest_first(todo), config, work, execute, console)
+    _run_shots(_largest_first(todo), config, work, execute, console)
 
-    finished, shot_seconds = work.read_sources()
+    finished, seconds = work.read_sources()
     sources = _with_results(sources, finished)
     clips = clips_of(sources, finished, work, stages)
     clips = resolve_tables(clips, stages, tiers)
-    pending = pending_scores(clips, sources, work, stages, tiers)
-    _run_pass("scores", ScoresPass, pending, config, work, execute, console)
+    for part in later:
+        pending = pending_clips(clips, sources, work, part, stages, tiers)
+        _run_later(part, pending, config, work, execute, console)
+        results, spent = work.read(part.name, part.schema(stages))
+        clips = join_results(clips, results, part, stages, tiers)
+        seconds = {k: seconds.get(k, 0) + spent.get(k, 0) for k in {*seconds, *spent}}
 
-    scores, score_seconds = work.read_scores(score_schema(stages))
-    clips = join_scores(clips, scores, stages, tiers)
-    seconds = {k: shot_seconds.get(k, 0) + score_seconds.get(k, 0) for k in {*shot_seconds, *score_seconds}}
+    clips = add_training_captions(clips, config.tags)
     clips = add_reasons(clips, tiers, [s.name for s in stages.stages]).sort_by(
         [("source_uri", "ascending"), ("start_frame", "ascending")]
     )
+    backends = {s.name: f for s in stages.stages if (f := s.backend_fingerprints())}
+    facts = {"config_digest": config.digest, "passes": keys, "backends": backends, "openwaver": __version__}
+    publish, counts = stages.named("publish"), count_tiers(clips, tiers)
+    publish.write_clips(output, clips, facts)
+    balance = balance_tiers(output, clips, list(tiers), stages, execute)
+    publish.write_tiers(output, clips, list(tiers), balance, facts)
+    write_atomic(join(output, "negative_tags.json"), json.dumps(config.tags.negative_words(), indent=2) + "\n")
 
-    facts = {"config_digest": config.digest, "shots": shots_key, "scores": scores_key, "openwaver": __version__}
-    tier_rows = stages.named("publish").write_manifests(output, clips, list(tiers), facts)
     table = pa.Table.from_pylist([{n: s.get(n) for n in SOURCE_SCHEMA.names} for s in sources], schema=SOURCE_SCHEMA)
     write_table(join(output, "sources.parquet"), table)
     ledger = {**build_ledger(clips, sources, stages, seconds), "wall_s": time.monotonic() - started}
-    counts = count_tiers(clips, tiers)
     run = {
         "input": input_uri,
         "output": output,
@@ -150,10 +163,10 @@ def run_funnel(config: Config, input_uri: str, output: str, execute: Execute, co
     print_bad_sources(sources, console)
     console.print(f"{_plural(len(sources), 'file')}, {_plural(len(clips), 'clip')} in {duration_text(ledger['wall_s'])}")
     _refuse_empty(sources, clips, counts)
-    return FunnelResult(output, clips, sources, ledger, tier_rows, len(todo))
+    return FunnelResult(output, clips, sources, ledger, {t: counts[t].clips for t in tiers}, len(todo))
 
 
-def _identify(config: Config, listed: list[Row], known: list[Row], execute: Execute, console: Console) -> list[Row]:
+def _identify(config: Config, listed: list[Row], known: list[Row], execute: Executor, console: Console) -> list[Row]:
     """Source id of every listed file; unchanged files that were seen before are not read again.
 
     Of files with the same bytes the first by name is the source and the others are exact duplicates, whichever came first.
@@ -176,9 +189,10 @@ def _identify(config: Config, listed: list[Row], known: list[Row], execute: Exec
         else:
             fresh.append(file)
             fresh_bytes += size
-    run = execute if fresh_bytes > _SMALL_INPUT_BYTES else run_serial
-    units = config.funnel.passes.shots.model_copy(update={"gpus": 0.0, "sources_per_task": 16})
-    for row in _watched("identify", run(Identify, (config,), fresh, units), len(fresh), fresh_bytes, config, console):
+    executor = execute if fresh_bytes > _SMALL_INPUT_BYTES else Serial()
+    resources = config.funnel.resources("shots").model_copy(update={"gpus": 0.0})
+    results = executor.run(Identify, (config,), units_of(fresh, 16), resources)
+    for row in _watched("identify", results, len(fresh), fresh_bytes, config, console):
         out.append({**row, "status": "quarantined" if row["reason"] else "new"})
     out.sort(key=lambda s: s["uri"])
     first_uri: dict[str, str] = {}
@@ -212,13 +226,28 @@ def _watched(name: str, results: Iterator[Row], n: int, n_bytes: int, config: Co
             yield row
 
 
-def _run_pass(
-    name: str, factory: Any, items: list[Row], config: Config, work: WorkFolder, execute: Execute, console: Console
-) -> None:
-    """Run one pass over its items; results go to the work folder."""
-    resources = getattr(config.funnel.passes, name)
-    results = execute(factory, (config, work), items, resources)
-    for _ in _watched(name, results, len(items), sum(i["bytes"] or 0 for i in items), config, console):
+def _run_shots(items: list[Row], config: Config, work: WorkFolder, execute: Executor, console: Console) -> None:
+    """The first decode of every source in `items`; results go to the work folder."""
+    resources = config.funnel.resources("shots")
+    results = execute.run(ShotsPass, (config, work), units_of(items, resources.sources_per_task), resources)
+    for _ in _watched("shots", results, len(items), sum(i["bytes"] or 0 for i in items), config, console):
+        pass
+
+
+def _run_later(part: LaterPass, clips: pa.Table, config: Config, work: WorkFolder, execute: Executor, console: Console) -> None:
+    """A pass over clips; results go to the work folder."""
+    args = (config, work, part.name)
+    units, expected, n_bytes = units_of_clips(clips, part), len(clips), 0
+    if part.resources.llm is not None:
+        results = converse(part, clips, config, work, execute)
+    elif part.hook == "text":
+        # Small lots are labelled here sooner than a pool of workers has started, unless the model is to have its own.
+        executor = execute if part.pooled or len(clips) > _SMALL_TEXTS else Serial()
+        results, expected = executor.run(TextPass, args, units, part.resources), len(units)
+    else:
+        sizes = dict(zip(clips["source_id"].to_pylist(), clips["bytes"].to_pylist(), strict=True))
+        results, expected, n_bytes = execute.run(ScoresPass, args, units, part.resources), len(sizes), sum(sizes.values())
+    for _ in _watched(part.name, results, expected, n_bytes, config, console):
         pass
 
 

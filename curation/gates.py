@@ -41,17 +41,18 @@ def tier_gates(config: Config, stages: StageSet) -> Tiers:
         placed = []
         for name, gate in gates.items():
             where = f"tiers.{tier}.{name}"
-            if gate.column not in stages.schema.names:
-                raise ConfigError(
-                    f"{where}: no stage writes column '{gate.column}': {did_you_mean(gate.column, stages.schema.names)}"
-                )
-            _check_type(where, gate, stages.schema.field(gate.column).type)
+            check_gate(where, gate, stages.schema)
             placed.append(TierGate(name, gate, stages.order_of(gate.column)))
         tiers[tier] = sorted(placed, key=lambda g: g.stage)
     return tiers
 
 
-def _check_type(where: str, gate: Gate, kind: pa.DataType) -> None:
+def check_gate(where: str, gate: Gate, schema: pa.Schema) -> None:
+    """Raises `ConfigError` for a condition on a column that no stage writes or on one of the wrong type."""
+    for column in (gate.column, *gate.condition):
+        if column not in schema.names:
+            raise ConfigError(f"{where}: no stage writes column '{column}': {did_you_mean(column, schema.names)}")
+    kind = schema.field(gate.column).type
     numeric = pa.types.is_floating(kind) or pa.types.is_integer(kind)
     if (gate.min is not None or gate.max is not None) and not numeric:
         raise ConfigError(f"{where}: min and max need a number, but '{gate.column}' is {kind}; use equals")
@@ -62,12 +63,12 @@ def _check_type(where: str, gate: Gate, kind: pa.DataType) -> None:
 
 def passes(gate: Gate, row: Mapping[str, Any]) -> bool:
     """Whether one row passes one gate."""
-    if gate.kind is not None and row.get("kind") != gate.kind:
+    if any(row.get(column) != value for column, value in gate.condition.items()):
         return True
     value = row.get(gate.column)
     if value is None or value != value:  # null or NaN
         return False
-    if gate.equals is not None and value != gate.equals:
+    if gate.equals is not None and value not in (gate.equals if isinstance(gate.equals, tuple) else (gate.equals,)):
         return False
     return (gate.min is None or value >= gate.min) and (gate.max is None or value <= gate.max)
 
@@ -89,15 +90,17 @@ def pass_mask(gate: Gate, table: pa.Table | pa.RecordBatch) -> np.ndarray:
     ok = pc.is_valid(column)
     if pa.types.is_floating(column.type):
         ok = pc.and_(ok, pc.invert(pc.is_nan(column)))
-    if gate.equals is not None:
+    if isinstance(gate.equals, tuple):
+        ok = pc.and_(ok, pc.is_in(column, pa.array(gate.equals, pa.string())))
+    elif gate.equals is not None:
         ok = pc.and_(ok, pc.equal(column, gate.equals))
     if gate.min is not None:
         ok = pc.and_(ok, pc.greater_equal(column, gate.min))
     if gate.max is not None:
         ok = pc.and_(ok, pc.less_equal(column, gate.max))
     mask = np.asarray(pc.fill_null(ok, False))
-    if gate.kind is not None:
-        mask = mask | ~np.asarray(pc.fill_null(pc.equal(table.column("kind"), gate.kind), False))
+    for name, wanted in gate.condition.items():
+        mask = mask | ~np.asarray(pc.fill_null(pc.equal(table.column(name), wanted), False))
     return mask
 
 

@@ -46,11 +46,15 @@ def build_ledger(
         errors = int(pc.sum(pc.is_valid(clips[column])).as_py() or 0) if column in clips.column_names else 0
         rows.append(_row(stage.name, left, rejected, errors, seconds))
         left -= sum(rejected.values())
-    for name in ("decode_shots", "decode_scores"):
+    for name in sorted((n for n in seconds if n.startswith("decode_")), key=_decode_order):
         rows.append(
             {"stage": name, "rows_in": None, "kept": None, "rejected": {}, "errors": 0, "seconds": seconds.get(name, 0.0)}
         )
     return {"stages": rows}
+
+
+def _decode_order(name: str) -> tuple[bool, bool, str]:
+    return name != "decode_shots", name != "decode_scores", name
 
 
 def _row(stage: str, rows_in: int, rejected: dict[str, int], errors: int, seconds: Mapping[str, float]) -> dict[str, Any]:

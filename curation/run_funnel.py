@@ -49,17 +49,18 @@ def run(
         return
     if not input_uri or not output:
         raise UserError("give --input and --output, for example: python curation/run_funnel.py --input videos --output out")
-    from curation.funnel import Execute, run_funnel
-    from curation.serial import run_serial
+    from curation.funnel import run_funnel
+    from curation.serial import Executor, Serial
 
     console = _console()
     settings = load_config(config, profile or [], set_ or [])
     tier_gates(settings, load_stages(settings))  # configuration errors come before a cluster is started
     source, target = (str(Path(local_path(uri)).resolve()) if is_local(uri) else uri for uri in (input_uri, output))
-    if serial:
-        execute: Execute = run_serial
-    else:
-        from curation.executor import run_on_ray as execute  # importing Ray takes a second; --help and errors need it not
+    execute: Executor = Serial()
+    if not serial:
+        from curation.executor import OnRay  # importing Ray takes a second; --help and errors need it not
+
+        execute = OnRay()
     run_funnel(settings, source, target, execute, console)
     console.print(f"Report: {join(target, 'report.html')}")
 

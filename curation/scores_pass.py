@@ -1,21 +1,22 @@
-"""Second pass: decode the clips that are still wanted once more and score them with every stage together.
+"""Second pass (and any later one that needs pixels): decode the clips that are still wanted and score them together.
 
-Frames are sampled once for all stages. Before each stage the gates are asked whether any tier can still keep the clip;
-if none can, the rest is skipped and stays null.
+Frames are sampled once for all stages of the pass. Before each stage the gates are asked whether any tier can still
+keep the clip; if none can, the rest is skipped and stays null.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from typing import Any
+from itertools import groupby, islice
+from operator import itemgetter
 
 import cv2
 import numpy as np
-import pyarrow as pa
 
 from curation.gates import rejected_by, tier_gates
-from curation.stage import ClipMedia, FrameRequest, Frames, Row, StageSet, load_stages
+from curation.passes import later_passes
+from curation.stage import ClipMedia, FrameRequest, Frames, Row, Stage, load_stages
 from curation.workfolder import WorkFolder
 from waver_core.config import Config, digest_of
 from waver_core.errors import MediaError, UserError
@@ -27,48 +28,35 @@ _MAX_ANCHOR_GAP_S = 0.2
 _SAME_TIME_S = 1e-3
 
 
-def score_schema(stages: StageSet) -> pa.Schema:
-    """Columns that the second pass writes: id, those of all clip stages, and whether it stopped early."""
-    owners = {s.name for s in stages.with_hook("clip")}
-    stream = {name for s in stages.with_hook("stream") for name in _stream_columns(s)}
-    fields = [f for f in stages.schema if (f.metadata or {}).get(b"owner", b"").decode() in owners and f.name not in stream]
-    return pa.schema([("clip_id", pa.string()), *fields, ("skipped_from", pa.string())])
-
-
-def _stream_columns(stage: Any) -> set[str]:
-    """Columns of a clip stage that the first pass fills already: those named `<stage>_source_*`."""
-    return {c.name for c in stage.columns if c.name.startswith(f"{stage.name}_source_")}
-
-
 class ScoresPass:
-    """Built once per worker; called with units of sources and the clips wanted of each."""
+    """Built once per worker; called with units of clips, those of one source together and in order of time."""
 
-    def __init__(self, config: Config, work: WorkFolder) -> None:
+    def __init__(self, config: Config, work: WorkFolder, name: str) -> None:
         cv2.setNumThreads(1)
         self._config, self._work = config, work
-        self._stages = load_stages(config)
-        self._clip_stages = self._stages.with_hook("clip")
+        stages = load_stages(config)
+        self.part = next(p for p in later_passes(config, stages) if p.name == name)
+        self.stages = self.part.members(stages)
+        self._position = {s.name: i for i, s in enumerate(stages.stages)}
         # Gates on columns that were resolved over the whole table (duplicates) were asked before clips came here.
-        resolved = {i for i, s in enumerate(self._stages.stages) if "table" in s.hooks}
-        tiers = tier_gates(config, self._stages)
+        resolved = {i for i, s in enumerate(stages.stages) if "table" in s.hooks}
+        tiers = tier_gates(config, stages)
         self._tiers = {tier: [g for g in gates if g.stage not in resolved] for tier, gates in tiers.items()}
-        self._schema = score_schema(self._stages)
-        self._requests = sorted({r for s in self._clip_stages for r in s.requests()}, key=str)
+        self._schema = self.part.schema(stages)
+        self.requests = sorted({r for s in self.stages for r in s.requests()}, key=str)
 
-    def __call__(self, sources: list[Row]) -> list[Row]:
-        """Process a unit. Each source: {source_id, uri, kind, unit, anchor_gap_s, clip_ids}."""
+    def __call__(self, clips: list[Row]) -> list[Row]:
+        """Process a unit: rows of the clip table, each with `bytes` and `anchor_gap_s` of its source. One summary a source."""
         timer = StageTimer()
-        clips = self._work.read_clips([s["unit"] for s in sources], self._stages.schema).to_pylist()
         out: list[Row] = []
         summaries = []
-        for source in sources:
-            wanted = set(source["clip_ids"])
-            rows = sorted((c for c in clips if c["clip_id"] in wanted), key=lambda c: c["start_s"])
-            attempt = self._work.begin_attempt(source["source_id"])
+        by_source = {key: list(group) for key, group in groupby(clips, key=itemgetter("source_id"))}
+        for source_id, rows in by_source.items():
+            attempt = self._work.begin_attempt(source_id)
             try:
                 if attempt > self._config.funnel.max_attempts:
                     raise MediaError("crashes_worker", f"a worker died {attempt - 1} times on this file in one run")
-                scored = [self._score(media, timer) for media in self._media(source, rows, timer)]
+                scored = [row for batch in self._batches(rows, timer) for row in self._score(batch, timer)]
             except UserError:  # a missing package or weight is no fault of the file: stop, and say what mends it
                 raise
             except Exception as error:  # decoding failed the second time: an error on every clip of the source
@@ -76,51 +64,87 @@ class ScoresPass:
             missing = [r for r in rows if r["clip_id"] not in {s["clip_id"] for s in scored}]
             scored += self._failed(missing, MediaError("no_frames", "no frame of the clip came in the second decode"))
             out.extend(scored)
-            failed = next(((k, v) for s in scored for k, v in s.items() if k.endswith("_error") and v), None)
-            reason = f"{failed[0].removesuffix('_error')}: {failed[1]}" if failed else ""
-            summaries.append({"source_id": source["source_id"], "reason": reason, "bytes": source["bytes"]})
-        unit = digest_of(sorted((s["source_id"], *sorted(s["clip_ids"])) for s in sources))
-        self._work.commit_scores(unit, rows_to_table(out, self._schema), timer.seconds)
-        self._work.end_attempts(s["source_id"] for s in sources)
+            summaries.append({"source_id": source_id, "reason": _first_error(scored), "bytes": rows[0]["bytes"]})
+        unit = digest_of(sorted(c["clip_id"] for c in clips))
+        self._work.commit(self.part.name, unit, rows_to_table(out, self._schema), timer.seconds)
+        self._work.end_attempts(by_source)
         return summaries
 
     def _failed(self, rows: list[Row], error: Exception) -> list[Row]:
-        text = f"{type(error).__name__}: {error}"[:500]
-        return [{"clip_id": r["clip_id"], **{f"{s.name}_error": text for s in self._clip_stages}} for r in rows]
+        return [{"clip_id": r["clip_id"], **{f"{s.name}_error": error_text(error) for s in self.stages}} for r in rows]
 
-    def _score(self, media: ClipMedia, timer: StageTimer) -> Row:
-        row: Row = {"clip_id": media.row["clip_id"]}
-        position = {s.name: i for i, s in enumerate(self._stages.stages)}
-        for stage in self._clip_stages:
-            if rejected_by(media.row, self._tiers, position[stage.name] - 1) is not None:
-                row["skipped_from"] = stage.name
+    def _batches(self, rows: list[Row], timer: StageTimer) -> Iterator[list[ClipMedia]]:
+        media = self.media(rows, timer)
+        while batch := list(islice(media, self.part.resources.clips_per_batch)):
+            yield batch
+
+    def _score(self, batch: list[ClipMedia], timer: StageTimer) -> list[Row]:
+        """Every stage over the clips that some tier can still keep. Rows are joined to clips by the id they carry."""
+        rows: list[Row] = [{"clip_id": media.row["clip_id"]} for media in batch]
+        going = list(zip(batch, rows, strict=True))
+        for stage in self.stages:
+            still = []
+            for media, row in going:
+                if rejected_by(media.row, self._tiers, self._position[stage.name] - 1) is None:
+                    still.append((media, row))
+                else:
+                    row["skipped_from"] = stage.name
+            going = still
+            if not going:
                 break
-            try:
-                with timer.measure(stage.name):
-                    scores = stage.score(media)
-            except UserError:
-                raise
-            except Exception as error:  # an error is a null with a text, never a score; the other stages go on
-                scores = {f"{stage.name}_error": f"{type(error).__name__}: {error}"[:500]}
-            row.update(scores)
-            media.row.update(scores)
-        return row
+            with timer.measure(stage.name):
+                results = score_together(stage, [media for media, _ in going])
+            for (media, row), scores in zip(going, results, strict=True):
+                # An error is a null with a text, never a score; the other stages go on.
+                found = {f"{stage.name}_error": error_text(scores)} if isinstance(scores, Exception) else scores
+                row.update(found)
+                media.row.update(found)
+        return rows
 
-    def _media(self, source: Row, rows: list[Row], timer: StageTimer) -> Iterator[ClipMedia]:
+    def media(self, rows: list[Row], timer: StageTimer) -> Iterator[ClipMedia]:
+        """Clips of one source, in order of time, with the frames of every request."""
+        source = rows[0]
         if source["kind"] == "image":
-            with timer.measure("decode_scores"):
-                rgb = read_image(source["uri"])
+            with timer.measure(f"decode_{self.part.name}"):
+                rgb = read_image(source["source_uri"])
             for row in rows:
-                yield ClipMedia(row, {r: Frames(_fit(rgb, r.short_side_px)[None], np.zeros(1)) for r in self._requests})
+                yield ClipMedia(row, {r: Frames(_fit(rgb, r.short_side_px)[None], np.zeros(1)) for r in self.requests})
             return
         # Frames that no other frame needs are the cheapest to leave out; flow allows for uneven steps.
         sparse = self._config.funnel.score_reference_frames_only and (source.get("anchor_gap_s") or 1.0) <= _MAX_ANCHOR_GAP_S
-        with open_video(source["uri"], threads=self._config.funnel.decode_threads, skip_nonref=sparse) as video:
-            yield from sample_clips(video, rows, self._requests, timer)
+        with open_video(source["source_uri"], threads=self._config.funnel.decode_threads, skip_nonref=sparse) as video:
+            yield from sample_clips(video, rows, self.requests, timer, f"decode_{self.part.name}")
+
+
+def score_together(stage: Stage, media: list[ClipMedia]) -> list[Row | Exception]:
+    """Scores of a batch; where the whole batch fails, every clip is tried alone, so that one costs no other its scores."""
+    try:
+        results = stage.score_many(media)
+    except UserError:
+        raise
+    except Exception as error:
+        return [error] if len(media) == 1 else [score_together(stage, [one])[0] for one in media]
+    if len(results) != len(media):  # a bug, and one that would hand captions to the wrong clips
+        raise RuntimeError(f"stage {stage.name} gave {len(results)} results for {len(media)} clips")
+    return results
+
+
+def error_text(error: Exception) -> str:
+    """What a row says of an error."""
+    return f"{type(error).__name__}: {error}"[:500]
+
+
+def _first_error(rows: list[Row]) -> str:
+    failed = next(((k, v) for r in rows for k, v in r.items() if k.endswith("_error") and v), None)
+    return f"{failed[0].removesuffix('_error')}: {failed[1]}" if failed else ""
 
 
 def sample_clips(
-    video: OpenVideo, rows: list[Row], requests: list[FrameRequest], timer: StageTimer | None = None
+    video: OpenVideo,
+    rows: list[Row],
+    requests: list[FrameRequest],
+    timer: StageTimer | None = None,
+    timed_as: str = "decode_scores",
 ) -> Iterator[ClipMedia]:
     """One forward decode through clips in order of time; seeks only over gaps that hold a key frame."""
     key_times_s = np.array(video.key_frame_times())
@@ -135,7 +159,7 @@ def sample_clips(
         targets = {r: r.times_s(row["start_s"], row["end_s"]) for r in requests}
         taken: dict[FrameRequest, list[tuple[float, np.ndarray]]] = {r: [] for r in requests}
         while True:
-            with timer.measure("decode_scores") if timer else nullcontext():
+            with timer.measure(timed_as) if timer else nullcontext():
                 frame = held if held is not None else next(frames, None)
             held = None
             if frame is None:
@@ -150,7 +174,7 @@ def sample_clips(
             for request, times in targets.items():
                 have = taken[request]
                 if len(have) < len(times) and now_s >= times[len(have)] - half_frame_s:
-                    with timer.measure("decode_scores") if timer else nullcontext():
+                    with timer.measure(timed_as) if timer else nullcontext():
                         rgb = to_rgb(
                             frame.picture, pixel_aspect=video.info.pixel_aspect, turns=turns, short_side_px=request.short_side_px
                         )

@@ -82,7 +82,8 @@ class Preview:
 def preview(clips_folder: str, before: Tiers, after: Tiers) -> Preview:
     """Count both selections over a published clip table, batch by batch, reading only the columns that gates use."""
     columns = sorted(
-        {"kind", "duration_s", "skipped_from"} | {g.gate.column for tiers in (before, after) for t in tiers.values() for g in t}
+        {"kind", "duration_s", "skipped_from"}
+        | {c for tiers in (before, after) for t in tiers.values() for g in t for c in (g.gate.column, *g.gate.condition)}
     )
     result = Preview(0, {t: TierCount() for t in before}, {t: TierCount() for t in after}, 0)
     for batch in _batches(clips_folder, columns):

@@ -7,6 +7,7 @@ similarity of frame descriptors, which also finds the cuts it misses. Gradual tr
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -39,6 +40,10 @@ class ShotRules:
     """A cut of PySceneDetect stands only if the similarity next to it falls below this."""
     confirm_correlation: float = 0.87
     """Or if the luma structure on its two sides correlates less than this."""
+    scene_cut_similarity: float = 0.5
+    """Between sparse samples of a scene embedder: below this there is a cut between two neighbours."""
+    scene_confirm_similarity: float = 0.75
+    """Below this a cut of PySceneDetect between two neighbours stands."""
     contrast: float = 3.0
     """How many times larger than its neighbours' a drop must be."""
     min_blend_rms: float = 10.0
@@ -80,6 +85,36 @@ def hard_cuts(similarity: np.ndarray, proposed: list[int], rules: ShotRules, lum
             elif luma is not None and 0 < frame < n and _correlation(luma[frame - 1], luma[frame]) < rules.confirm_correlation:
                 cuts.add(frame)
     return _apart(sorted(cuts), drop, min_frames=3)
+
+
+def scene_cuts(
+    at: np.ndarray,
+    vectors: np.ndarray,
+    similarity: np.ndarray,
+    proposed: list[int],
+    taken: list[tuple[int, int]],
+    rules: ShotRules,
+) -> list[int]:
+    """First frames of the shots that only a scene embedder tells apart (Waver §3.1: a cut where the similarity falls).
+
+    at, vectors: frames [K] that it saw, a few a second, and their embeddings [K, D] of about unit length. Where two of them
+    are unlike, the cut is put where `similarity` [T] of neighbouring frames is least. `taken`: [start, end) of what is
+    known already; a stretch that touches it is left alone. A drop among drops of its size is a fast move, not a cut.
+    """
+    drop = 1.0 - np.einsum("kd,kd->k", vectors[1:], vectors[:-1])
+    cuts = []
+    for k, (before, after) in enumerate(pairwise(at.tolist())):
+        if any(start <= after + 1 and end >= before for start, end in taken):
+            continue
+        around = np.concatenate([drop[max(0, k - 3) : k], drop[k + 1 : k + 4]])
+        usual = float(np.median(around)) if len(around) else 0.0
+        seen = [p for p in proposed if before < p <= after]
+        if drop[k] > 1 - rules.scene_cut_similarity and drop[k] >= rules.contrast * (usual + 0.02):
+            cuts.append(before + 1 + int(np.argmin(similarity[before + 1 : after + 1])))
+        elif seen and drop[k] > 1 - rules.scene_confirm_similarity:
+            low = max(1, seen[0] - 2)
+            cuts.append(low + int(np.argmin(similarity[low : seen[0] + 3])))
+    return cuts
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:

@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 
 from curation.stage import Row, SourceFacts, StageSet, StreamFrame, load_stages
+from curation.stages.segment import SMALL_SHORT_SIDE_PX
 from curation.thumbnails import Thumbnails
 from curation.workfolder import WorkFolder
 from waver_core.config import Config
@@ -17,7 +18,6 @@ from waver_core.storage import write_atomic
 from waver_core.telemetry import StageTimer
 from waver_core.video import Limits, VideoInfo, open_video, quarter_turns, read_image, resize
 
-_SMALL_SHORT_SIDE_PX = 72
 _LARGE_SHORT_SIDE_PX = 600
 
 
@@ -129,7 +129,7 @@ class ShotsPass:
         info = VideoInfo(codec, codec, "rgb24", width, height, 1.0, 0.0, 0.0, None, False, 1, 0.0)
         facts = SourceFacts(info, "image", 0)
         watchers, thumbnails = self._watchers(facts), Thumbnails(facts)
-        scale = _SMALL_SHORT_SIDE_PX / min(width, height)
+        scale = SMALL_SHORT_SIDE_PX / min(width, height)
         small = cv2.resize(rgb, (max(2, round(width * scale)), max(2, round(height * scale))), interpolation=cv2.INTER_AREA)
         frame = StreamFrame(0, 0.0, small, None, rgb, False)
         for name, watcher in watchers.items():
@@ -148,7 +148,7 @@ def small_frame(picture: Any) -> np.ndarray:
     Averaging every pixel of a large frame costs as much as decoding it, so those are sampled down to twice the size first.
     """
     short_side_px = min(picture.width, picture.height)
-    size = tuple(max(2, round(side * _SMALL_SHORT_SIDE_PX / short_side_px)) for side in (picture.width, picture.height))
+    size = tuple(max(2, round(side * SMALL_SHORT_SIDE_PX / short_side_px)) for side in (picture.width, picture.height))
     if short_side_px < _LARGE_SHORT_SIDE_PX:
         return resize(picture, *size)
     double = resize(picture, 2 * size[0], 2 * size[1], how="FAST_BILINEAR")

@@ -1,8 +1,9 @@
-"""What a funnel stage is: options, declared columns, and one or more of three hooks that the passes call.
+"""What a funnel stage is: options, declared columns, and one or more of these hooks that the passes call.
 
-- `StreamStage.watch`: sees every frame of a source in the first decode, then describes the clips found (cheap, per frame);
-- `ClipStage.score`: scores one clip from frames that the second decode sampled for every stage together;
-- `TableStage.resolve`: looks over all clips at once, pixels no longer at hand (duplicates, balance).
+- `stream`, `Stage.watch`: sees every frame of a source in the first decode, then describes the clips found (cheap, per frame);
+- `table`, `Stage.resolve`: looks over all clips at once, pixels no longer at hand (duplicates);
+- `clip`, `Stage.score` or `score_many`: scores clips from frames that the second decode sampled for every stage together;
+- `text`, `Stage.annotate`: adds columns to rows by their text (the caption), after everything that needs pixels.
 A new stage is one file in `curation/stages/` with a class named `Stage`, and its place in pipelines.yaml.
 """
 
@@ -19,9 +20,10 @@ import numpy as np
 import pyarrow as pa
 
 import curation.stages
-from waver_core.config import Config, Strict, digest_of, validate
-from waver_core.errors import ConfigError, did_you_mean
+from waver_core.config import Config, Strict, validate
+from waver_core.errors import ConfigError, UserError, did_you_mean
 from waver_core.manifest import Column, build_schema
+from waver_core.registry import create
 from waver_core.video import VideoInfo
 
 Row = dict[str, Any]
@@ -89,6 +91,18 @@ class SourceFacts(NamedTuple):
     turns: int
 
 
+class BackendUse(NamedTuple):
+    """A backend as a stage's options name it."""
+
+    capability: str
+    name: str
+    options: dict[str, Any]
+
+    def create(self) -> Any:
+        """Build it; cheap, for weights are loaded at the first use."""
+        return create(self.capability, self.name, **self.options)
+
+
 class Stage:
     """Base of all stages. Cheap to build; heavy set-up belongs in the first use, inside the worker."""
 
@@ -96,14 +110,32 @@ class Stage:
     Options: ClassVar[type[Strict]] = Strict
     columns: ClassVar[tuple[Column, ...]] = ()
     reads: ClassVar[tuple[str, ...]] = ()
+    """Columns of earlier stages that it cannot do without."""
     hooks: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, options: Any) -> None:
         self.options = options
 
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """Columns of earlier stages that it looks at where they are there; it does without them."""
+        return ()
+
     def fingerprint(self) -> dict[str, Any]:
-        """What this stage's columns depend on; other than the columns' inputs."""
-        return {"options": self.options.model_dump(mode="json"), "columns": [c.name for c in self.columns]}
+        """What this stage's columns depend on, other than the columns' inputs: options and versions of backends."""
+        return {
+            "options": self.options.model_dump(mode="json"),
+            "columns": [c.name for c in self.columns],
+            "backends": self.backend_fingerprints(),
+        }
+
+    def stream_fingerprint(self) -> dict[str, Any]:
+        """What the columns of hook `stream` depend on; less than all where a stage also scores clips."""
+        return self.fingerprint()
+
+    def backend_fingerprints(self) -> dict[str, str]:
+        """Capability -> name, version and whatever else changes its numbers; written beside the scores."""
+        return {use.capability: str(use.create().fingerprint) for use in self.backends()}
 
     def watch(self, source: SourceFacts) -> Watcher:
         """Hook `stream`: a watcher for one source."""
@@ -116,6 +148,31 @@ class Stage:
     def score(self, media: ClipMedia) -> Row:
         """Hook `clip`: its columns for one clip. What it raises becomes the row's `<stage>_error`."""
         raise TypeError(f"stage {self.name} scores no clips")
+
+    def score_many(self, media: Sequence[ClipMedia]) -> list[Row | Exception]:
+        """Hook `clip` for models that want a batch: columns, or what went wrong, for every clip in the order given."""
+        out: list[Row | Exception] = []
+        for one in media:
+            try:
+                out.append(self.score(one))
+            except UserError:
+                raise
+            except Exception as error:
+                out.append(error)
+        return out
+
+    def annotate(self, rows: Sequence[Row]) -> list[Row | Exception]:
+        """Hook `text`: columns, or what went wrong, for every row (clip_id and what the stage `reads`) in the order given."""
+        raise TypeError(f"stage {self.name} annotates no texts")
+
+    @property
+    def language_model(self) -> Any:
+        """The backend whose questions a pass with `llm` answers; its option `engine` must be vllm."""
+        raise ConfigError(f"funnel.passes.{self.name}.llm: stage '{self.name}' asks no language model")
+
+    def backends(self) -> list[BackendUse]:
+        """The backends that its options ask for."""
+        return []
 
     def resolve(self, clips: pa.Table, eligible: np.ndarray) -> dict[str, pa.Array]:
         """Hook `table`: its columns over all clips; `eligible` [N] marks rows that no gate has rejected so far."""
@@ -148,10 +205,6 @@ class StageSet:
         owner = (self.schema.field(index).metadata or {}).get(b"owner", b"ingest").decode()
         return next((i for i, s in enumerate(self.stages) if s.name == owner), 0)
 
-    def fingerprint(self, hook: str) -> str:
-        """Digest of everything the columns of one pass depend on; results are kept under it."""
-        return digest_of([{"stage": s.name, **s.fingerprint()} for s in self.with_hook(hook)])
-
 
 def error_column(stage: str) -> Column:
     """The text column that says why a stage has no scores for a clip."""
@@ -168,7 +221,7 @@ def load_stages(config: Config) -> StageSet:
         cls = importlib.import_module(f"curation.stages.{name}").Stage
         options = validate(cls.Options, config.funnel.stages.get(name) or {}, where=f"funnel.stages.{name}")
         stages.append(cls(options))
-    owned = {s.name: [*s.columns, *([error_column(s.name)] if "clip" in s.hooks else [])] for s in stages}
+    owned = {s.name: [*s.columns, *([error_column(s.name)] if {"clip", "text"} & set(s.hooks) else [])] for s in stages}
     schema = build_schema(owned)
     written: set[str] = set(build_schema({}).names)
     for stage in stages:

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from curation.gates import Tiers, first_failures
-from curation.scores_pass import score_schema
+from curation.passes import LaterPass
+from curation.reviews import review_states
 from curation.stage import StageSet
 from curation.workfolder import WorkFolder
 
@@ -31,7 +32,9 @@ def clips_of(sources: list[Row], finished: list[Row], work: WorkFolder, stages: 
         values = pa.array([wanted[i][key] for i in wanted], pa.string())
         index = clips.schema.get_field_index(column)
         clips = clips.set_column(index, clips.schema.field(index), values.take(at.combine_chunks()))
-    return clips
+    states = review_states(clips, stages.named("ingest").options.reviews)
+    index = clips.schema.get_field_index("review")
+    return clips.set_column(index, clips.schema.field(index), states)
 
 
 def resolve_tables(clips: pa.Table, stages: StageSet, tiers: Tiers) -> pa.Table:
@@ -51,53 +54,68 @@ def rejected_by(clips: pa.Table, tiers: Tiers, position: int) -> np.ndarray:
     return np.all([first >= 0 for first in first_failures(clips, early).values()], axis=0)
 
 
-def first_clip_stage(stages: StageSet) -> int:
-    """Position of the first stage of the second pass."""
-    return next((i for i, s in enumerate(stages.stages) if "clip" in s.hooks), len(stages.stages))
+def pending_clips(
+    clips: pa.Table, sources: list[Row], work: WorkFolder, later: LaterPass, stages: StageSet, tiers: Tiers
+) -> pa.Table:
+    """Clips that are still wanted and have no results of this pass, or results cut short by gates since loosened.
 
-
-def pending_scores(clips: pa.Table, sources: list[Row], work: WorkFolder, stages: StageSet, tiers: Tiers) -> list[Row]:
-    """Sources with clips that are still wanted and have no scores, or scores cut short by gates since loosened."""
-    scores, _ = work.read_scores(score_schema(stages))
-    joined = join_scores(clips, scores, stages, tiers)
-    wanted = ~rejected_by(clips, tiers, first_clip_stage(stages) - 1)
-    scored = np.asarray(pc.is_in(clips["clip_id"], scores["clip_id"].combine_chunks()))
-    short = np.asarray(pc.is_valid(joined["skipped_from"])) & scored
+    With the columns that the pass's workers need, `bytes` and `anchor_gap_s` of the source; sources in order of size, the
+    largest first, and the clips of one together in order of time.
+    """
+    results, _ = work.read(later.name, later.schema(stages))
+    joined = join_results(clips, results, later, stages, tiers)
+    wanted = ~rejected_by(clips, tiers, later.position - 1)
+    if later.hook == "text":
+        for column in later.members(stages)[0].reads:
+            wanted &= np.asarray(pc.is_valid(clips[column]))
+    scored = np.asarray(pc.is_in(clips["clip_id"], results["clip_id"].combine_chunks()))
+    short = scored & np.asarray(pc.is_in(joined["skipped_from"], pa.array(later.stages, pa.string())))
     if short.any():
         position = {s.name: i for i, s in enumerate(stages.stages)}
-        for name in set(joined["skipped_from"].to_pylist()) - {None}:
+        for name in later.stages:
             here = np.asarray(pc.fill_null(pc.equal(joined["skipped_from"], name), False))
             short &= ~(here & rejected_by(joined, tiers, position[name] - 1))
-    need = wanted & (~scored | short)
-    by_source: dict[str, list[str]] = {}
-    for source_id, clip_id in zip(
-        clips["source_id"].filter(pa.array(need)).to_pylist(), clips["clip_id"].filter(pa.array(need)).to_pylist(), strict=True
-    ):
-        by_source.setdefault(source_id, []).append(clip_id)
-    names = ("source_id", "uri", "kind", "unit", "bytes", "anchor_gap_s")
-    items = [
-        {**{n: s.get(n) for n in names}, "clip_ids": by_source[s["source_id"]]}
-        for s in sources
-        if s.get("source_id") in by_source and s["status"] == "ok"
-    ]
-    return sorted(items, key=lambda s: (-(s["bytes"] or 0), s["uri"]))
+    columns = later.reads(stages, sorted({c for t in tiers.values() for g in t for c in (g.gate.column, *g.gate.condition)}))
+    todo = clips.select(columns).filter(pa.array(wanted & (~scored | short)))
+    order = sorted((s for s in sources if s["status"] == "ok"), key=lambda s: (-(s["bytes"] or 0), s["uri"]))
+    at = pc.index_in(todo["source_id"], pa.array([s["source_id"] for s in order], pa.string())).combine_chunks()
+    todo = todo.append_column("source_order", at)
+    for name, kind in (("bytes", pa.int64()), ("anchor_gap_s", pa.float64())):
+        todo = todo.append_column(name, pa.array([s.get(name) for s in order], kind).take(at))
+    return todo.sort_by([("source_order", "ascending"), ("start_s", "ascending")])
 
 
-def join_scores(clips: pa.Table, scores: pa.Table, stages: StageSet, tiers: Tiers) -> pa.Table:
-    """Score columns by clip_id. Clips without scores keep nulls; a clip scored twice takes its fullest row."""
+def units_by_source(clips: pa.Table, sources_per_unit: int) -> list[pa.Table]:
+    """Slices of a table sorted by `source_order`, each with all clips of so many sources."""
+    if not clips.num_rows:
+        return []
+    starts = np.flatnonzero(np.diff(np.asarray(clips["source_order"]), prepend=-1))[::sources_per_unit]
+    ends = [*starts[1:], clips.num_rows]
+    return [clips.slice(a, b - a).drop_columns(["source_order"]) for a, b in zip(starts, ends, strict=True)]
+
+
+def join_results(clips: pa.Table, results: pa.Table, later: LaterPass, stages: StageSet, tiers: Tiers) -> pa.Table:
+    """Columns of a later pass by clip_id. Clips without results keep nulls; one with several rows takes its fullest.
+
+    Nothing else than the id says which row belongs to which clip: rows come back in any order, some of them twice.
+    """
+    if later.hook == "text":
+        at = pc.index_in(clips["clip_id"], results["clip_id"].combine_chunks()).combine_chunks()
+        return _take(clips, results, at, [n for n in results.column_names if n != "clip_id"])
     names = pa.array([s.name for s in stages.stages])
-    reached = pc.fill_null(pc.index_in(scores["skipped_from"], names), len(names))
-    full_first = scores.take(pc.sort_indices(pa.table({"reached": reached}), [("reached", "descending")]))
-    at = pc.index_in(clips["clip_id"], full_first["clip_id"].combine_chunks()).combine_chunks()
-    for name in scores.column_names:
-        if name != "clip_id":
-            index = clips.schema.get_field_index(name)
-            clips = clips.set_column(index, clips.schema.field(index), full_first[name].take(at))
-    # What never entered the second pass was cut short before its first stage.
-    first = first_clip_stage(stages)
-    if first < len(stages.stages):
-        never = np.asarray(pc.is_null(at)) & rejected_by(clips, tiers, first - 1)
-        index = clips.schema.get_field_index("skipped_from")
-        filled = pc.if_else(pa.array(never), stages.stages[first].name, clips["skipped_from"])
-        clips = clips.set_column(index, clips.schema.field(index), filled)
+    reached = pc.fill_null(pc.index_in(results["skipped_from"], names), len(names))
+    fullest = results.take(pc.sort_indices(pa.table({"reached": reached}), [("reached", "descending")]))
+    at = pc.index_in(clips["clip_id"], fullest["clip_id"].combine_chunks()).combine_chunks()
+    clips = _take(clips, fullest, at, [n for n in results.column_names if n not in ("clip_id", "skipped_from")])
+    # What never entered the pass was cut short before its first stage.
+    never = np.asarray(pc.is_null(at)) & rejected_by(clips, tiers, later.position - 1)
+    here = pc.if_else(pa.array(never), later.stages[0], fullest["skipped_from"].take(at))
+    index = clips.schema.get_field_index("skipped_from")
+    return clips.set_column(index, clips.schema.field(index), pc.coalesce(clips["skipped_from"], here))
+
+
+def _take(clips: pa.Table, results: pa.Table, at: pa.Array, names: list[str]) -> pa.Table:
+    for name in names:
+        index = clips.schema.get_field_index(name)
+        clips = clips.set_column(index, clips.schema.field(index), results[name].take(at))
     return clips

@@ -30,12 +30,15 @@ class WorkFolder:
     """Paths and shards below `<output>/work`; safe to use from any worker."""
 
     output: str
-    shots_key: str
-    scores_key: str
+    keys: Mapping[str, str]
+    """Pass -> fingerprint of everything its results depend on."""
     run_id: str
 
     def _path(self, *parts: str) -> str:
         return join(self.output, "work", *parts)
+
+    def _folder(self, name: str) -> str:
+        return self._path(f"{name}-{self.keys[name]}")
 
     def thumbnail_uri(self, clip_id: str) -> str:
         """Where a clip's filmstrip lies."""
@@ -63,7 +66,7 @@ class WorkFolder:
     def commit_shots(self, sources: list[dict[str, Any]], clips: pa.Table, seconds: Mapping[str, float]) -> str:
         """Make a unit of the first pass durable: clips first, then the sources, whose presence is the commit."""
         unit = digest_of(sorted(s["uri"] for s in sources))
-        folder = self._path(f"shots-{self.shots_key}")
+        folder = self._folder("shots")
         write_table(join(folder, f"done-{unit}.parquet"), clips)
         rows = [{name: s.get(name) for name in SOURCE_WORK_SCHEMA.names} | {"unit": unit} for s in sources]
         table = pa.Table.from_pylist(rows, schema=SOURCE_WORK_SCHEMA)
@@ -72,29 +75,28 @@ class WorkFolder:
 
     def read_sources(self) -> tuple[list[dict[str, Any]], dict[str, float]]:
         """Sources that the first pass has finished, and the seconds spent per stage."""
-        uris = [u for u in list_files(self._path(f"shots-{self.shots_key}"), ".parquet") if "/sources-" in u]
+        uris = [u for u in list_files(self._folder("shots"), ".parquet") if "/sources-" in u]
         return read_tables(uris, SOURCE_WORK_SCHEMA).to_pylist(), _seconds_in(uris)
 
     def read_clips(self, units: Iterable[str], schema: pa.Schema) -> pa.Table:
         """Clips of finished units of the first pass."""
-        folder = self._path(f"shots-{self.shots_key}")
+        folder = self._folder("shots")
         return read_tables([join(folder, f"done-{u}.parquet") for u in sorted(set(units))], schema)
 
-    def commit_scores(self, unit: str, scores: pa.Table, seconds: Mapping[str, float]) -> None:
-        """Make a unit of the second pass durable."""
-        uri = join(self._path(f"scores-{self.scores_key}"), f"done-{unit}.parquet")
-        write_table(uri, scores, {"seconds": json.dumps(dict(seconds))})
+    def commit(self, name: str, unit: str, rows: pa.Table, seconds: Mapping[str, float]) -> None:
+        """Make a unit of a later pass durable."""
+        write_table(join(self._folder(name), f"done-{unit}.parquet"), rows, {"seconds": json.dumps(dict(seconds))})
 
-    def read_scores(self, schema: pa.Schema) -> tuple[pa.Table, dict[str, float]]:
-        """Score rows of all finished units; a clip that was scored again has its fullest row once."""
-        uris = list_files(self._path(f"scores-{self.scores_key}"), ".parquet")
+    def read(self, name: str, schema: pa.Schema) -> tuple[pa.Table, dict[str, float]]:
+        """Rows of all finished units of a later pass, and the seconds spent per stage."""
+        uris = list_files(self._folder(name), ".parquet")
         return read_tables(uris, schema), _seconds_in(uris)
 
     def prepare(self) -> None:
         """Create the folders and clear the attempts of earlier runs; refuses an output that cannot be written."""
         try:
-            make_folder(self._path(f"shots-{self.shots_key}"))
-            make_folder(self._path(f"scores-{self.scores_key}"))
+            for name in self.keys:
+                make_folder(self._folder(name))
             remove(self._path("attempts"), recursive=True)
         except OSError as error:
             raise UserError(f"cannot write to the output {self.output}: {error}") from error

@@ -63,9 +63,10 @@ class Checkpoint:
         """The folder (or, for a URL, the file) to load. Raises `BackendUnavailable` with what to do where it is missing."""
         if not self.present:
             size = f"{self.size_mb:,} MB" if self.size_mb else "size unknown"
+            asked = self.repo if self.revision == "main" else f"{self.repo} --revision {self.revision}"
             raise BackendUnavailable(
                 f"the checkpoint {self.repo} ({size}, licence {self.licence}) is not at {self.folder}: run "
-                f"`python -m waver_core.models fetch --checkpoint {self.repo}`, or set OPENWAVER_MODELS to the folder that has it"
+                f"`python curation/models.py fetch --checkpoint {asked}`, or set OPENWAVER_MODELS to the folder that has it"
             )
         return self.folder / self.url.rsplit("/", 1)[-1] if self.url else self.folder
 

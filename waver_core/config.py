@@ -27,6 +27,19 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 
+class Llm(Strict):
+    """A model served inside the run by `ray.data.llm` with vLLM."""
+
+    model: str
+    """Name or folder of the checkpoint, as vLLM takes it."""
+    engine: dict[str, Any] = {}
+    """Arguments of the vLLM engine: tensor_parallel_size, max_model_len, ..."""
+    replicas: int = Field(1, ge=1)
+    batch_size: int = Field(32, ge=1)
+    accelerator: str | None = None
+    """Kind of GPU the replicas want, as Ray names it."""
+
+
 class Pass(Strict):
     """Resources of one pass over the sources: what a Ray Data actor of it reserves, and how many there may be."""
 
@@ -37,19 +50,16 @@ class Pass(Strict):
     max_actors: int = Field(8, ge=1)
     sources_per_task: int = Field(1, ge=1)
     """Sources in one unit of work; results become durable unit by unit."""
+    clips_per_batch: int = Field(1, ge=1)
+    """Clips whose frames are held at once, so that a model on a GPU sees them together; about 15 MB each."""
+    llm: Llm | None = None
+    """Answers come from `ray.data.llm` (vLLM), in a pool of its own; the actors of this pass only prepare and parse."""
 
     @model_validator(mode="after")
     def _range(self) -> Pass:
         if self.min_actors > self.max_actors:
             raise ValueError(f"min_actors {self.min_actors} is above max_actors {self.max_actors}")
         return self
-
-
-class Passes(Strict):
-    """The two times a source is decoded: once for shots, once for every score together."""
-
-    shots: Pass = Pass()
-    scores: Pass = Pass()
 
 
 class FailureBudget(Strict):
@@ -60,13 +70,24 @@ class FailureBudget(Strict):
 
 
 class Gate(Strict):
-    """One condition on one column. Null never passes. `kind` limits it to videos or images."""
+    """One condition on one column. Null never passes. `kind` limits it to videos or images, `only` to rows in which other
+    columns have certain values (of text)."""
 
     column: str
     min: float | None = None
     max: float | None = None
-    equals: str | bool | None = None
+    equals: str | bool | tuple[str, ...] | None = None
+    """The value, or a list of texts any of which will do."""
     kind: Literal["video", "image"] | None = None
+    only: dict[str, str] | None = None
+
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())
+
+    @property
+    def condition(self) -> dict[str, str]:
+        """Column -> value of the rows that the gate is for."""
+        return {**({"kind": self.kind} if self.kind else {}), **(self.only or {})}
 
     @model_validator(mode="after")
     def _one_condition(self) -> Gate:
@@ -81,8 +102,12 @@ class Gate(Strict):
         """The condition in words, for reports."""
         low = f"{self.column} >= {self.min:g}" if self.min is not None else ""
         high = f"{self.column} <= {self.max:g}" if self.max is not None else ""
-        same = f"{self.column} = {str(self.equals).lower()}" if self.equals is not None else ""
-        return " and ".join(part for part in (low, high, same) if part)
+        same = ""
+        if self.equals is not None:
+            words = " or ".join(self.equals) if isinstance(self.equals, tuple) else str(self.equals).lower()
+            same = f"{self.column} = {words}"
+        rule = " and ".join(part for part in (low, high, same) if part)
+        return rule + "".join(f", where {k} = {v}" for k, v in (self.only or {}).items())
 
 
 class Funnel(Strict):
@@ -90,7 +115,9 @@ class Funnel(Strict):
 
     order: list[str]
     stages: dict[str, dict[str, Any]] = {}
-    passes: Passes = Passes()
+    passes: dict[str, Pass] = {}
+    """Resources of `shots` (the first decode) and `scores` (the second, for all stages that score clips), and of every stage
+    that is to run in a pass of its own: named here, a stage gets its own actors, and its own decode of the clips left."""
     failure_budget: FailureBudget = FailureBudget()
     decode_threads: int = Field(1, ge=0)
     """Threads of one decoder; 0 lets libav choose. One per actor is the most work done per core."""
@@ -104,9 +131,39 @@ class Funnel(Strict):
         for name in self.stages:
             if name not in self.order:
                 raise ValueError(f"stage '{name}' has options but is not in funnel.order: {did_you_mean(name, self.order)}")
+        for name in self.passes:
+            if name not in ("shots", "scores", *self.order):
+                near = did_you_mean(name, ["shots", "scores", *self.order])
+                raise ValueError(f"passes.{name}: neither shots nor scores nor a stage of funnel.order: {near}")
         if len(set(self.order)) < len(self.order):
             raise ValueError("a stage stands twice in funnel.order")
         return self
+
+    def resources(self, name: str) -> Pass:
+        """What the actors of a pass reserve."""
+        return self.passes.get(name) or Pass()
+
+
+class QualityTag(Gate):
+    """Words that are put after the training caption of every clip that meets the condition (Waver §4.5)."""
+
+    words: str
+    negative: bool = False
+    """Whether serving names these words in the negative prompt."""
+
+
+class Tags(Strict):
+    """Prompt tagging (Waver §4.5): style before the caption, quality after it."""
+
+    style: dict[str, str] = {}
+    """A clip's style -> the words put before its caption; a style that is not named here gets none."""
+    quality: dict[str, QualityTag] = {}
+    negative: list[str] = []
+    """Further words for the negative prompt."""
+
+    def negative_words(self) -> list[str]:
+        """What serving puts into the negative prompt, in order and without repeats."""
+        return list(dict.fromkeys([*(t.words for t in self.quality.values() if t.negative), *self.negative]))
 
 
 class Config(Strict):
@@ -117,6 +174,7 @@ class Config(Strict):
     tiers: dict[str, dict[str, Gate]]
     """Tier -> gate name -> gate, inheritance resolved."""
     tier_parents: dict[str, str | None] = {}
+    tags: Tags = Tags()
     training: dict[str, Any] = {}
     serving: dict[str, Any] = {}
     profiles: list[str] = []

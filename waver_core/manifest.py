@@ -159,18 +159,23 @@ def publish(folder: str, table: pa.Table, *, rows_per_shard: int, facts: Mapping
     return names
 
 
-def read_manifest(folder: str) -> pa.Table:
-    """The table that a published manifest's index names; raises `UserError` where there is none."""
+def read_index(folder: str) -> dict[str, Any]:
+    """The index of a published manifest: {version, rows, shards, facts...}; raises `UserError` where there is none."""
     try:
-        index = json.loads(read_bytes(join(folder, INDEX_NAME)))
+        index: dict[str, Any] = json.loads(read_bytes(join(folder, INDEX_NAME)))
     except FileNotFoundError as error:
         raise UserError(f"no manifest at {folder}: run curation/run_funnel.py with this output first") from error
     if index["version"] != VERSION:
         raise UserError(
             f"{folder} holds a manifest of version {index['version']}, this code reads {VERSION}: run the funnel again"
         )
+    return index
+
+
+def read_manifest(folder: str) -> pa.Table:
+    """The table that a published manifest's index names; raises `UserError` where there is none."""
     tables = []
-    for name in index["shards"]:
+    for name in read_index(folder)["shards"]:
         uri = join(folder, name)
         with open_parquet(uri) as file:
             tables.append(file.read(use_threads=is_local(uri)))

@@ -52,6 +52,7 @@
     const groups = new Map();
     columns.forEach((column, index) => {
       if (column.error && clip.values[index] === null) return; // no error is no news
+      if (column.issue || column.name === "quality_high") return; // shown as chips above
       if (!groups.has(column.stage)) groups.set(column.stage, []);
       groups.get(column.stage).push(scoreRow(column, clip.values[index]));
     });
@@ -75,6 +76,7 @@
           button("Close", "Close details", () => detail.close()))),
       make("div", { className: "body", tabIndex: 0, role: "group", "aria-label": "Clip details" },
         strip.childElementCount ? strip : make("p", { className: "empty" }, "This clip has no thumbnail."),
+        make("div", { className: "written" }, ...report.words(clip)),
         make("table", { className: "verdicts" }, make("tbody", {}, ...tiers.map((tier, index) => verdictRow(clip, tier, index)))),
         clip.reason ? make("p", { className: "whole" }, `No tier keeps this clip: ${clip.reason}${clip.stage ? ` (${clip.stage})` : ""}.`) : null,
         make("div", { className: "groups" }, ...[...groups].map(([stage, rows]) =>

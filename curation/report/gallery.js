@@ -2,13 +2,15 @@
 "use strict";
 
 (function gallery() {
-  const { make, number, tierStyle } = report;
+  const { make, number, spoken, tierStyle } = report;
+  const PATH = " › ";
   const { tiers, columns, clips, total } = report.gallery;
   const PAGE = 60;
   const STEP_MS = 170;
   const form = document.getElementById("filters");
   const cards = document.getElementById("cards");
   const pager = document.getElementById("pager");
+  const NONE = ["none", "none", "none"].join(PATH);
   const calm = window.matchMedia("(prefers-reduced-motion: reduce)");
   const columnAt = report.columnAt = new Map(columns.map((column, index) => [column.name, index]));
   const gated = tiers.flatMap((tier) => Object.values(tier.gates).map((gate) => gate.column));
@@ -23,7 +25,10 @@
   clips.forEach((clip, index) => {
     clip.index = index;
     clip.name = clip.uri.split("/").pop() || clip.id;
-    clip.text = [clip.id, clip.uri, clip.reason, clip.stage, ...clip.verdicts, ...searched.map((i) => clip.values[i])]
+    clip.issues = report.issuesOf(clip);
+    clip.path = (clip.words.labels || []).join(PATH);
+    clip.text = [clip.id, clip.uri, clip.reason, clip.stage, ...clip.verdicts, ...searched.map((i) => clip.values[i]),
+      ...(clip.issues || []).map(spoken), ...Object.values(clip.words).flat(2)]
       .filter((part) => typeof part === "string").join("\n").toLowerCase();
   });
 
@@ -58,6 +63,28 @@
     fill(form.reason, reasons.map(([reason, n]) => [reason, `${reason} (${n})`]), "All");
   }
 
+  /** Every class of the first two levels that occurs; deeper ones are chosen from the chart of actions. */
+  function fillLabels() {
+    const paths = count(clips.flatMap((clip) => {
+      const labels = clip.path === NONE ? ["none"] : clip.words.labels || [];
+      return labels.slice(0, 2).map((_, depth) => labels.slice(0, depth + 1).join(PATH));
+    }));
+    const first = paths.filter(([path]) => !path.includes(PATH)).sort((a, b) => (a[0] === "none") - (b[0] === "none"));
+    fill(form.action_label, first.flatMap(([top, n]) => [[top === "none" ? NONE : top, `${top === "none" ? "no action" : top} (${n})`],
+      ...paths.filter(([path]) => path.startsWith(top + PATH)).map(([path, m]) => [path, `\u2003${path.slice(top.length + PATH.length)} (${m})`])]), "All");
+  }
+
+  function fillIssues() {
+    const having = (test) => clips.filter((clip) => clip.issues && test(clip.issues)).length;
+    fill(form.issue, [["any", `any issue (${having((all) => all.length)})`], ["clean", `none of them (${having((all) => !all.length)})`],
+      ...report.issueNames.map((issue) => [issue, `${spoken(issue)} (${having((all) => all.includes(issue))})`])], "All");
+  }
+
+  function hasIssue(clip, wanted) {
+    if (!clip.issues) return false;
+    return wanted === "any" ? clip.issues.length > 0 : wanted === "clean" ? !clip.issues.length : clip.issues.includes(wanted);
+  }
+
   function fillForm() {
     fill(form.tier, tiers.map((tier, index) => [String(index), tier.name]), "Any");
     const names = new Map(clips.map((clip) => [clip.source, clip.name]));
@@ -69,12 +96,17 @@
       if (options.length) form.sort.append(make("optgroup", { label: stage || "other" }, ...options));
     }
     fillReasons();
+    fillLabels();
+    fillIssues();
   }
 
   function passes(clip) {
     const tier = form.tier.value;
     const kept = tier === "" ? clip.reason === null : clip.verdicts[tier] === null;
     if (form.verdict.value && (form.verdict.value === "kept") !== kept) return false;
+    if (form.verdict.value === "lost" && tier !== "" && clip.verdicts[tiers[tier].parent]) return false; // lost before
+    if (form.issue.value && !hasIssue(clip, form.issue.value)) return false;
+    if (form.action_label.value && !(clip.path + PATH).startsWith(form.action_label.value + PATH)) return false;
     if (form.reason.value && !reasonsOf(clip, tier).includes(form.reason.value)) return false;
     if (form.source.value && clip.source !== form.source.value) return false;
     if (form.kind.value && clip.kind !== form.kind.value) return false;
@@ -172,11 +204,16 @@
     const failed = errors.some((index) => clip.values[index]);
     const verdict = make("span", { className: clip.reason ? "reason-line cut" : "reason-line" },
       why === null ? "kept by every tier" : clip.reason ? `rejected: ${why}` : `${tiers[cut.tier].name} rejects: ${why}`);
+    const { short, caption, labels } = clip.words;
+    const told = short ?? caption ?? "";
+    const label = labels && (labels[0] === "none" ? "no action" : labels.at(-1) === "none" ? labels[0] : labels.at(-1));
     const node = make("button", { type: "button", className: "card", "data-clip": clip.id,
-      "aria-label": `${clip.name}, ${span(clip)}, ${verdict.textContent}. Open details.` },
+      "aria-label": `${clip.name}, ${span(clip)}, ${told ? `${told.slice(0, 160)} ` : ""}${verdict.textContent}. Open details.` },
       make("span", { className: "screen" }, frame(clip, "frame"), make("i", { className: "progress" }),
         make("span", { className: "span" }, span(clip)), failed ? make("span", { className: "failed" }, "error") : null),
-      make("span", { className: "file", title: clip.uri }, clip.name), verdict,
+      make("span", { className: "file", title: clip.uri }, clip.name),
+      told ? make("span", { className: "told", title: told.slice(0, 600) }, told.slice(0, 240)) : null,
+      label ? make("span", { className: "label-line", title: clip.path }, label) : null, verdict,
       make("span", { className: "chips" }, ...chips(clip)), make("span", { className: "scores" }, ...scores));
     node.addEventListener("click", () => report.openDetail(found, found.indexOf(clip)));
     play(node, clip);
@@ -198,14 +235,18 @@
 
   /* ---- events ---- */
 
-  /** Select a value even if no clip of the sample has it: an empty gallery is honest, an ignored filter is not. */
+  /** Select a value even if it is not offered, for no clip of the sample has it: an empty gallery is honest, an ignored
+      filter is not. */
   function choose(select, value) {
-    if (![...select.options].some((option) => option.value === value)) select.append(make("option", { value }, `${value} (0)`));
+    if (![...select.options].some((option) => option.value === value)) {
+      const n = select === form.action_label ? clips.filter((clip) => (clip.path + PATH).startsWith(value + PATH)).length : 0;
+      select.append(make("option", { value }, `${value} (${n})`));
+    }
     select.value = value;
   }
 
   document.addEventListener("click", (event) => {
-    const link = event.target.closest("[data-reason], [data-verdict], [data-source]");
+    const link = event.target.closest("[data-reason], [data-verdict], [data-source], [data-issue], [data-label]");
     if (!link) return;
     for (const field of form.querySelectorAll("select")) field.selectedIndex = 0;
     form.text.value = "";
@@ -214,6 +255,8 @@
     fillReasons();
     choose(form.reason, link.dataset.reason ?? "");
     choose(form.source, link.dataset.source ?? "");
+    choose(form.issue, link.dataset.issue ?? "");
+    choose(form.action_label, link.dataset.label === "none" ? NONE : link.dataset.label ?? "");
     refresh();
     document.getElementById("gallery").scrollIntoView({ behavior: calm.matches ? "auto" : "smooth" });
     form.reason.focus({ preventScroll: true });

@@ -15,12 +15,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from curation.report import words
 from curation.report.charts import field_facts, is_number, is_text
-from curation.report.summary import gate_text
+from curation.report.issues import ISSUE_COLUMNS
+from curation.report.tiers import gate_text, parent_index
 
 MAX_TEXT = 2_000
 MAX_LIST = 24
-HIDDEN = {"thumbnail_frames", "reject_reason", "reject_stage", "clip_id", "source_uri", "kind"}
+HIDDEN = {"thumbnail_frames", "reject_reason", "reject_stage", "clip_id", "source_uri", "kind", *words.HIDDEN}
 """Columns that the page shows in their own place, or not at all."""
 
 
@@ -93,6 +95,7 @@ def gallery_payload(
         return values
 
     verdicts = [column(f"reason_{tier['name']}") for tier in tiers]
+    written = words.clip_words(table)
     cards = []
     for index, clip_id in enumerate(column("clip_id")):
         cards.append(
@@ -110,10 +113,11 @@ def gallery_payload(
                 "verdicts": [reasons[index] for reasons in verdicts],
                 "frames": max(1, int(column("thumbnail_frames")[index] or 1)),
                 "values": [plain(data[facts["name"]][index]) for facts in columns],
+                "words": written[index],
             }
         )
     return {
-        "tiers": [{"name": tier["name"], "gates": gate_facts(tier)} for tier in tiers],
+        "tiers": [{"name": tier["name"], "parent": parent_index(tiers, tier), "gates": gate_facts(tier)} for tier in tiers],
         "columns": columns,
         "clips": cards,
         "total": clips.num_rows,
@@ -140,9 +144,9 @@ def shown_columns(table: pa.Table, tiers: Sequence[Mapping[str, Any]], stages: S
             stem = stem.removesuffix(f"_{facts['unit']}")
         number = is_number(field.type)
         error = field.name.endswith("_error") and is_text(field.type)
-        columns.append(
-            {**facts, "short": (field.name if stem == "score" else stem).replace("_", " "), "number": number, "error": error}
-        )
+        short = (field.name if stem == "score" else stem).replace("_", " ")
+        issue = ISSUE_COLUMNS.get(field.name) if number else None
+        columns.append({**facts, "short": short, "number": number, "error": error, "issue": issue})
     rank = {stage: position for position, stage in enumerate(stages)}
     return sorted(columns, key=lambda facts: rank.get(facts["stage"], len(rank)))
 

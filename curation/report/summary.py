@@ -1,4 +1,4 @@
-"""Totals in words and rows: the verdict sentence, the tiers, the ledger and the sources as the template draws them."""
+"""Totals in words and rows: the verdict sentence, the ledger and the sources as the template draws them."""
 
 from __future__ import annotations
 
@@ -61,26 +61,12 @@ def counted(count: int, one: str, many: str | None = None) -> str:
     return f"{count:,} {word}" if count else f"no {word}"
 
 
-def gate_text(gate: Mapping[str, Any]) -> str:
-    """A gate's condition as one reads it aloud: ``overlay_text_area_ratio ≤ 0.05``."""
-    column, low, high = gate.get("column") or "", gate.get("min"), gate.get("max")
-    scope = f" ({gate['kind']} only)" if gate.get("kind") in ("video", "image") else ""
-    if gate.get("equals") is not None:
-        value = gate["equals"]
-        return f"{column} = {exact(value)}{scope}"
-    if low is not None and high is not None:
-        return f"{exact(low)} ≤ {column} ≤ {exact(high)}{scope}"
-    if low is not None:
-        return f"{column} ≥ {exact(low)}{scope}"
-    if high is not None:
-        return f"{column} ≤ {exact(high)}{scope}"
-    return f"{column}{scope}"
-
-
 def exact(value: Any) -> str:
     """A threshold as it was configured: never rounded, or the page would contradict the verdicts."""
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, (tuple, list)):
+        return " or ".join(exact(one) for one in value)
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
@@ -143,40 +129,6 @@ def verdict(total: Mapping[str, Any], tiers: Sequence[Mapping[str, Any]]) -> str
 def tone(total: Mapping[str, Any]) -> str:
     """``bad`` when nothing usable came out (a run that "completes" with no clips has failed), else ``good``."""
     return "good" if total["clips"] and total["kept"] else "bad"
-
-
-def tier_rows(tiers: Sequence[Mapping[str, Any]], total: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Each tier with its gates and what they rejected, and the widths of its bar in per cent of all clips.
-
-    The bar is as long as what the tier looked at (kept and rejected), so a tier built on another starts where that
-    one ended.
-    """
-    rows = []
-    for index, tier in enumerate(tiers):
-        rejected = {str(name): int(count) for name, count in (tier.get("rejected") or {}).items()}
-        kept = int(tier.get("clips") or 0)
-        seen = kept + sum(rejected.values())
-        texts = {gate["name"]: gate_text(gate) for gate in tier.get("gates") or ()}
-        gates = [
-            {"name": name, "text": texts.get(name, ""), "count": rejected.get(name, 0)}
-            for name in dict.fromkeys([*texts, *rejected])
-        ]
-        gates.sort(key=lambda gate: -gate["count"])
-        scale = 100 / max(total["clips"], seen, 1)
-        rows.append(
-            {
-                "index": index,
-                "name": tier["name"],
-                "parent": tier.get("from"),
-                "kept": kept,
-                "seen": seen,
-                "images": int(tier.get("images") or 0),
-                "hours": float(tier.get("hours") or 0.0),
-                "width": kept * scale,
-                "gates": [{**gate, "width": gate["count"] * scale} for gate in gates],
-            }
-        )
-    return rows
 
 
 def ledger_rows(ledger: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
+import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
 from curation import stage
-from curation.stage import ClipMedia, FrameRequest, Row
-from waver_core.backends.contracts import AestheticScorer
+from curation.stage import BackendUse, ClipMedia, FrameRequest, Row
+from waver_core.backends.contracts import Aesthetics, AestheticScorer
 from waver_core.config import Strict
 from waver_core.manifest import Column
-from waver_core.registry import backend_class, create
 
 _PARTS = {
     "exposure": "how well exposed (mid-tones, nothing clipped)",
@@ -44,20 +45,19 @@ class Stage(stage.Stage):
         Column("aesthetic_score", pa.float64(), "mean over frames, on the scale 1 to 10", score=True),
         Column("aesthetic_frames", pa.list_(pa.float32()), "score of every sampled frame"),
         *(
-            Column(f"aesthetic_{n}", pa.float64(), f"{d}, 0 to 1 (photographic backend only)", score=True)
+            Column(f"aesthetic_{n}", pa.float64(), f"{d}, 0 to 1, by photographic features", score=True)
             for n, d in _PARTS.items()
         ),
     )
 
+    def backends(self) -> list[BackendUse]:
+        """The scorer."""
+        return [BackendUse("aesthetic_scorer", self.options.backend, self.options.backend_options)]
+
     @cached_property
     def _scorer(self) -> AestheticScorer:
-        scorer: AestheticScorer = create("aesthetic_scorer", self.options.backend, **self.options.backend_options)
+        scorer: AestheticScorer = self.backends()[0].create()
         return scorer
-
-    def fingerprint(self) -> dict[str, Any]:
-        """Options and the scorer's version."""
-        cls = backend_class("aesthetic_scorer", self.options.backend)
-        return {**super().fingerprint(), "backend": getattr(cls, "fingerprint", self.options.backend)}
 
     def requests(self) -> tuple[FrameRequest, ...]:
         """A few frames, large enough to judge sharpness."""
@@ -65,6 +65,22 @@ class Stage(stage.Stage):
 
     def score(self, media: ClipMedia) -> Row:
         """Score per frame, pooled by the mean."""
-        found = self._scorer.score(media.frames[self.requests()[0]].rgb)
-        row: Row = {"aesthetic_score": float(found.score.mean()), "aesthetic_frames": [float(s) for s in found.score]}
-        return {**row, **{f"aesthetic_{name}": float(v.mean()) for name, v in found.parts.items() if name in _PARTS}}
+        return _columns(self._scorer.score(media.frames[self.requests()[0]].rgb))
+
+    def score_many(self, media: Sequence[ClipMedia]) -> list[Row | Exception]:
+        """The frames of all clips of one size in one call, so that a model on a GPU gets full batches."""
+        frames = [m.frames[self.requests()[0]].rgb for m in media]
+        if len(media) < 2 or len({f.shape[1:] for f in frames}) > 1:
+            return super().score_many(media)
+        found = self._scorer.score(np.concatenate(frames))
+        ends = np.cumsum([len(f) for f in frames])[:-1]
+        parts = {name: np.split(values, ends) for name, values in found.parts.items()}
+        return [
+            _columns(Aesthetics(score, {name: values[i] for name, values in parts.items()}))
+            for i, score in enumerate(np.split(found.score, ends))
+        ]
+
+
+def _columns(found: Aesthetics) -> Row:
+    row: Row = {"aesthetic_score": float(found.score.mean()), "aesthetic_frames": [float(s) for s in found.score]}
+    return {**row, **{f"aesthetic_{name}": float(v.mean()) for name, v in found.parts.items() if name in _PARTS}}

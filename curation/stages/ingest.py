@@ -19,6 +19,7 @@ from curation import stage
 from waver_core import storage
 from waver_core.config import Strict
 from waver_core.errors import MediaError, UserError
+from waver_core.manifest import Column
 from waver_core.video import VIDEO_SUFFIXES, is_image
 
 LIST_SUFFIXES = (".parquet", ".csv", ".jsonl")
@@ -34,6 +35,8 @@ class Options(Strict):
     max_duration_s: float = Field(6 * 3600.0, gt=0)
     max_damaged_share: float = Field(0.1, ge=0, le=1)
     """A source with a larger share of damaged frames is quarantined; below it the damaged stretches are cut out."""
+    reviews: str | None = None
+    """Parquet file of opinions on clips (clip_id, reviewer, approved): see `curation.reviews`."""
 
 
 class Stage(stage.Stage):
@@ -42,6 +45,13 @@ class Stage(stage.Stage):
     name = "ingest"
     Options = Options
     hooks: ClassVar[tuple[str, ...]] = ("source",)
+    columns = (
+        Column("review", pa.string(), "real, picked (real, approved by two), or of a generated clip approved, rejected, pending"),
+    )
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Nothing that is computed depends on reviews: they are read anew in every run."""
+        return {"options": self.options.model_dump(mode="json", exclude={"reviews"})}
 
     def list_input(self, uri: str) -> list[dict[str, Any]]:
         """Every file of the input as {uri, kind, dataset, licence, style}, sorted by URI.

@@ -15,12 +15,11 @@ import pyarrow as pa
 from pydantic import Field
 
 from curation import stage
-from waver_core.camera import CameraRules, CameraStep, drop_explained, fit_step, label_camera
-from curation.stage import ClipMedia, FrameRequest, Row
+from curation.stage import BackendUse, ClipMedia, FrameRequest, Row
 from waver_core.backends.contracts import FlowEstimator, ForegroundSegmenter
+from waver_core.camera import CameraRules, CameraStep, drop_explained, fit_step, label_camera
 from waver_core.config import Strict
 from waver_core.manifest import Column
-from waver_core.registry import create
 
 
 class Options(Strict):
@@ -63,20 +62,23 @@ class Stage(stage.Stage):
         Column("motion_fps", pa.float64(), "steps a second", "1/s"),
     )
 
+    def backends(self) -> list[BackendUse]:
+        """Flow and foreground."""
+        o = self.options
+        return [
+            BackendUse("flow_estimator", o.flow_backend, o.flow_backend_options),
+            BackendUse("foreground_segmenter", o.foreground_backend, o.foreground_backend_options),
+        ]
+
     @cached_property
     def _flow(self) -> FlowEstimator:
-        flow: FlowEstimator = create("flow_estimator", self.options.flow_backend, **self.options.flow_backend_options)
+        flow: FlowEstimator = self.backends()[0].create()
         return flow
 
     @cached_property
     def _segmenter(self) -> ForegroundSegmenter:
-        o = self.options
-        segmenter: ForegroundSegmenter = create("foreground_segmenter", o.foreground_backend, **o.foreground_backend_options)
+        segmenter: ForegroundSegmenter = self.backends()[1].create()
         return segmenter
-
-    def fingerprint(self) -> dict[str, Any]:
-        """Options and the backends' versions."""
-        return {**super().fingerprint(), "flow": self._flow.fingerprint, "foreground": self._segmenter.fingerprint}
 
     def requests(self) -> tuple[FrameRequest, ...]:
         """Frames at the flow's rate and size."""

@@ -12,11 +12,10 @@ import pyarrow as pa
 from pydantic import Field
 
 from curation import stage
-from curation.stage import ClipMedia, FrameRequest, Row, SourceFacts, StreamFrame
+from curation.stage import BackendUse, ClipMedia, FrameRequest, Row, SourceFacts, StreamFrame
 from waver_core.backends.contracts import TextBox, TextDetector, WatermarkScorer
 from waver_core.config import Strict
 from waver_core.manifest import Column
-from waver_core.registry import backend_class, create
 from waver_core.video import resize
 
 
@@ -67,27 +66,29 @@ class Stage(stage.Stage):
         ),
     )
 
-    @cached_property
-    def _text(self) -> TextDetector:
-        detector: TextDetector = create("text_detector", self.options.text_backend, **self.options.text_backend_options)
-        return detector
+    def backends(self) -> list[BackendUse]:
+        """The watermark scorer and, unless text is left alone, the text detector."""
+        o = self.options
+        text = [BackendUse("text_detector", o.text_backend, o.text_backend_options)] if o.text_backend else []
+        return [BackendUse("watermark_scorer", o.watermark_backend, o.watermark_backend_options), *text]
 
     @cached_property
     def _watermark(self) -> WatermarkScorer:
-        scorer: WatermarkScorer = create(
-            "watermark_scorer", self.options.watermark_backend, **self.options.watermark_backend_options
-        )
+        scorer: WatermarkScorer = self.backends()[0].create()
         return scorer
 
-    def fingerprint(self) -> dict[str, Any]:
-        """Options and the backends' versions."""
-        cls = backend_class("watermark_scorer", self.options.watermark_backend)
-        text = (
-            create("text_detector", self.options.text_backend, **self.options.text_backend_options)
-            if self.options.text_backend
-            else None
-        )
-        return {**super().fingerprint(), "watermark": getattr(cls, "fingerprint", ""), "text": getattr(text, "fingerprint", None)}
+    @cached_property
+    def _text(self) -> TextDetector:
+        detector: TextDetector = self.backends()[1].create()
+        return detector
+
+    def stream_fingerprint(self) -> dict[str, Any]:
+        """The watermark scorer and how the source is sampled; how text is found matters to clips only."""
+        o = self.options
+        return {
+            "samples": [o.source_samples_per_s, o.max_source_samples],
+            "watermark": self.backend_fingerprints()["watermark_scorer"],
+        }
 
     def requests(self) -> tuple[FrameRequest, ...]:
         """Large frames for text, and the denser small ones that motion uses as well."""

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from curation import stage
+from curation.balance import Balance
 from waver_core import storage
 from waver_core.config import Strict
 from waver_core.manifest import Column, publish
@@ -35,22 +36,26 @@ class Stage(stage.Stage):
     Options = Options
     hooks: ClassVar[tuple[str, ...]] = ("publish",)
     columns = (
+        Column("training_caption", pa.string(), "caption between the words for its style and those for its quality"),
         Column("thumbnail_frames", pa.int32(), "frames in the clip's filmstrip; 0 where there is none"),
         Column("skipped_from", pa.string(), "stage from which on this clip was not scored, as every tier had rejected it"),
     )
 
-    def write_manifests(self, output: str, clips: pa.Table, tiers: list[str], facts: dict[str, Any]) -> dict[str, int]:
-        """Write `<output>/clips` with every clip and `<output>/tiers/<tier>` with the clips each keeps; rows per tier."""
-        rows = self.options.rows_per_shard
-        publish(storage.join(output, "clips"), clips, rows_per_shard=rows, facts=facts)
-        counts = {}
-        reasons = [f"reason_{t}" for t in tiers] + ["reject_reason", "reject_stage", "skipped_from", "dedup_hashes"]
+    def write_clips(self, output: str, clips: pa.Table, facts: dict[str, Any]) -> None:
+        """Write `<output>/clips`: every clip, the rejected ones included."""
+        publish(storage.join(output, "clips"), clips, rows_per_shard=self.options.rows_per_shard, facts=facts)
+
+    def write_tiers(self, output: str, clips: pa.Table, tiers: list[str], balance: Balance | None, facts: dict[str, Any]) -> None:
+        """Write `<output>/tiers/<tier>`: the clips each keeps, with their sampling weights."""
+        dropped = [f"reason_{t}" for t in tiers] + ["reject_reason", "reject_stage", "skipped_from", "dedup_hashes", "dedup_embedding"]
         for tier in tiers:
             kept = clips.filter(pc.is_null(clips[f"reason_{tier}"]))
-            kept = kept.drop_columns([c for c in reasons if c in kept.column_names])
-            publish(storage.join(output, "tiers", tier), kept, rows_per_shard=rows, facts={**facts, "tier": tier})
-            counts[tier] = len(kept)
-        return counts
+            if balance is not None:
+                index = kept.schema.get_field_index("sampling_weight")
+                kept = kept.set_column(index, kept.schema.field(index), balance.weight_of(tier, kept))
+            kept = kept.drop_columns([c for c in dropped if c in kept.column_names])
+            folder = storage.join(output, "tiers", tier)
+            publish(folder, kept, rows_per_shard=self.options.rows_per_shard, facts={**facts, "tier": tier})
 
     def write_clip_file(self, clip: dict[str, Any], uri: str) -> str:
         """Write one clip as MP4; returns `copied` or `encoded`. Raises `MediaError` when its source cannot be read.

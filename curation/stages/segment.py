@@ -4,11 +4,15 @@ PySceneDetect first; frame descriptors confirm its cuts, find the ones it misses
 shot; dissolves and fades are found and cut off (`curation.shots`, `curation.gradual`). From a shot longer than `max_s`
 the windows with the lowest internal similarity are taken, since that is where something happens. Shots under 2 s become
 clips as well: the `duration` gate of the first tier rejects them, so that their rows stay.
+
+The report shows DINOv2 each frame. Here a cheap descriptor of every frame says where a cut is, to the frame, and with
+`scene_backend: dinov2` a model sees a few larger frames a second: it says whether the scene is another one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
 import cv2
@@ -18,14 +22,17 @@ from pydantic import Field
 from scenedetect import AdaptiveDetector, FrameTimecode
 
 from curation import stage
+from curation.embedded_samples import EmbeddedSamples
 from curation.gradual import gradual_transitions
-from curation.shots import Shot, ShotRules, hard_cuts, split_shots
-from curation.stage import Row, SourceFacts, StreamFrame
+from curation.shots import Shot, ShotRules, hard_cuts, scene_cuts, split_shots
+from curation.stage import BackendUse, Row, SourceFacts, StreamFrame
 from waver_core.backends.contracts import FrameEmbedder
 from waver_core.config import Strict
+from waver_core.errors import ConfigError
 from waver_core.manifest import Column
-from waver_core.registry import backend_class, create
 
+SMALL_SHORT_SIDE_PX = 72
+"""Short side of the picture that the first pass makes of every frame."""
 _CHUNK_FRAMES = 64
 _THUMB_SIDES = (32, 18)
 
@@ -34,7 +41,12 @@ class Options(Strict):
     """Lengths of clips and thresholds of shot detection."""
 
     backend: str = "color_layout"
+    """Sees every frame, small."""
     backend_options: dict[str, Any] = {}
+    scene_backend: str | None = None
+    """Sees `embeddings_per_s` larger frames a second; finds cuts between scenes that look alike to `backend`, and measures how
+    much happens in a clip. None: `backend` does that too."""
+    scene_backend_options: dict[str, Any] = {}
     max_s: float = Field(10.0, gt=0)
     max_windows: int = Field(3, ge=1)
     """Clips taken from one shot longer than max_s."""
@@ -46,6 +58,10 @@ class Options(Strict):
     adaptive_min_shot_s: float = Field(0.6, ge=0)
     cut_similarity: float = Field(0.6, ge=-1, le=1)
     confirm_similarity: float = Field(0.86, ge=-1, le=1)
+    scene_cut_similarity: float = Field(0.5, ge=-1, le=1)
+    scene_confirm_similarity: float = Field(0.75, ge=-1, le=1)
+    """Of neighbouring samples of `scene_backend`; below the first there is a cut between them, below the second a cut that
+    PySceneDetect proposed is one. Chosen for DINOv2, whose cosine is near 0 between scenes and above 0.8 within one."""
 
 
 class Stage(stage.Stage):
@@ -62,24 +78,44 @@ class Stage(stage.Stage):
         Column("segment_similarity", pa.float64(), "mean cosine between frames of the clip; low where much happens", score=True),
     )
 
-    def fingerprint(self) -> dict[str, Any]:
-        """Options and the embedder's own fingerprint."""
-        cls = backend_class("frame_embedder", self.options.backend)
-        return {**super().fingerprint(), "backend": getattr(cls, "fingerprint", self.options.backend)}
+    def backends(self) -> list[BackendUse]:
+        """The embedder of every frame and, if asked for, that of scenes."""
+        o = self.options
+        uses = [BackendUse("frame_embedder", o.backend, o.backend_options)]
+        if o.scene_backend is not None:
+            uses.append(BackendUse("frame_embedder", o.scene_backend, o.scene_backend_options))
+        return uses
+
+    def backend_fingerprints(self) -> dict[str, str]:
+        """Both embedders under one capability, joined."""
+        return {"frame_embedder": ", ".join(str(use.create().fingerprint) for use in self.backends())}
+
+    @cached_property
+    def _embedders(self) -> list[FrameEmbedder]:
+        embedders: list[FrameEmbedder] = [use.create() for use in self.backends()]
+        if embedders[0].short_side_px > SMALL_SHORT_SIDE_PX:
+            raise ConfigError(
+                f"segment: {self.options.backend} wants frames of {embedders[0].short_side_px} px, and every frame is seen at "
+                f"{SMALL_SHORT_SIDE_PX} px only: name it as scene_backend"
+            )
+        return embedders
 
     def watch(self, source: SourceFacts) -> SegmentWatcher:
         """A watcher that collects the signals of one source."""
-        embedder: FrameEmbedder = create("frame_embedder", self.options.backend, **self.options.backend_options)
-        return SegmentWatcher(self.options, source, embedder)
+        return SegmentWatcher(self.options, source, *self._embedders)
 
 
 class SegmentWatcher:
     """Collects per-frame signals in bounded memory: about 0.6 kB a frame, whatever the picture's size."""
 
-    def __init__(self, options: Options, source: SourceFacts, embedder: FrameEmbedder) -> None:
+    def __init__(
+        self, options: Options, source: SourceFacts, embedder: FrameEmbedder, scene_embedder: FrameEmbedder | None = None
+    ) -> None:
         self._options, self._kind = options, source.kind
         self._fps = source.info.fps if 1 <= source.info.fps <= 240 else 25.0
         self._embedder = embedder
+        self._stride = max(1, round(self._fps / options.embeddings_per_s))
+        self._scenes = EmbeddedSamples(scene_embedder, source) if scene_embedder is not None else None
         self._detector = AdaptiveDetector(
             options.adaptive_threshold,
             window_width=options.adaptive_window,
@@ -108,6 +144,8 @@ class SegmentWatcher:
         size = _THUMB_SIDES if bgr.shape[1] >= bgr.shape[0] else _THUMB_SIDES[::-1]
         self._thumbs.append(cv2.resize(cv2.cvtColor(bgr, cv2.COLOR_BGR2GRAY), size, interpolation=cv2.INTER_AREA))
         self._pending.append(frame.small)
+        if self._scenes is not None and frame.index % self._stride == 0:
+            self._scenes.add(frame)
         if len(self._pending) >= _CHUNK_FRAMES:
             self._embed()
 
@@ -118,10 +156,10 @@ class SegmentWatcher:
         vectors = self._embedder.embed(np.stack(self._pending))
         before = vectors[:1] if self._last is None else self._last[None]
         self._similarity.append(np.einsum("td,td->t", vectors, np.concatenate([before, vectors[:-1]])))
-        stride = max(1, round(self._fps / self._options.embeddings_per_s))
-        for offset in range((-first) % stride, len(vectors), stride):
-            self._embeddings.append(vectors[offset].astype(np.float16))
-            self._embedded_at.append(first + offset)
+        if self._scenes is None:
+            for offset in range((-first) % self._stride, len(vectors), self._stride):
+                self._embeddings.append(vectors[offset].astype(np.float16))
+                self._embedded_at.append(first + offset)
         self._last = vectors[-1]
         self._pending = []
 
@@ -132,12 +170,23 @@ class SegmentWatcher:
         self._embed()
         n = len(self._times_s)
         similarity = np.concatenate(self._similarity)
-        rules = ShotRules(cut_similarity=self._options.cut_similarity, confirm_similarity=self._options.confirm_similarity)
+        o = self._options
+        rules = ShotRules(
+            cut_similarity=o.cut_similarity,
+            confirm_similarity=o.confirm_similarity,
+            scene_cut_similarity=o.scene_cut_similarity,
+            scene_confirm_similarity=o.scene_confirm_similarity,
+        )
         thumbs = np.stack(self._thumbs)
         cuts = hard_cuts(similarity, self._proposed, rules, thumbs)
         sure = [c for c in cuts if similarity[c] < rules.cut_similarity]
         gradual = gradual_transitions(thumbs, sure, self._fps, rules)
         gaps = _runs(self._damaged)
+        if self._scenes is not None:
+            self._embedded_at, self._embeddings = self._scenes.finish()
+            taken = [(c, c) for c in cuts] + [(t.start, t.end) for t in gradual] + gaps
+            at, scenes = self._vectors(0, n)
+            cuts = sorted(cuts + scene_cuts(at, scenes, similarity, self._proposed, taken, rules))
         shots = split_shots(n, cuts, gradual, gaps)
         rows: list[Row] = []
         for number, shot in enumerate(shots):

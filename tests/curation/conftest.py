@@ -7,14 +7,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from curation.funnel import FunnelResult, run_funnel
-from curation.serial import run_serial
+from curation.serial import Serial
 from waver_core.config import load_config
 from waver_core.manifest import read_manifest
 from waver_core.synthetic import random_video, single_shot, write_video
+from waver_core.video import open_video, to_rgb
 
 SIZES = ("tiers.192p.size.min=96", "tiers.480p.size.min=120", "tiers.720p.size.min=160", "tiers.192p.text.max=1")
 """Thresholds for 320x180 material; text is let through, for the tests are not about RapidOCR's taste in textures."""
@@ -39,10 +41,10 @@ def collection(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def curate() -> Callable[..., FunnelResult]:
     """Run the funnel in this process: curate(input, output, *overrides)."""
 
-    def run(source: Path | str, output: Path | str, *overrides: str, execute: Any = run_serial) -> FunnelResult:
+    def run(source: Path | str, output: Path | str, *overrides: str, execute: Any = None) -> FunnelResult:
         console = Console(file=io.StringIO(), width=140)
         config = load_config(None, [], [*SIZES, *overrides])
-        return run_funnel(config, str(source), str(output), execute, console)
+        return run_funnel(config, str(source), str(output), execute or Serial(), console)
 
     return run
 
@@ -61,6 +63,18 @@ def undisturbed(collection: Path, tmp_path_factory: pytest.TempPathFactory, cura
     rows: list[dict[str, Any]] = rows_of(output)
     assert len(rows) >= 8
     return rows
+
+
+@pytest.fixture(scope="session")
+def pictures_of() -> Callable[[dict[str, Any]], list[np.ndarray]]:
+    """The frames of a row's span, decoded on their own at a short side of 90 px: what a caption of it must be about."""
+
+    def decode(row: dict[str, Any]) -> list[np.ndarray]:
+        first_s, end_s = row["start_s"] - 1e-3, row["end_s"] - 1e-3
+        with open_video(row["source_uri"]) as video:
+            return [to_rgb(f.picture, short_side_px=90) for f in video.frames() if first_s <= f.time_s < end_s]
+
+    return decode
 
 
 @pytest.fixture(scope="session")

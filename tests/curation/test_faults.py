@@ -176,7 +176,7 @@ def test_a_stage_that_raises_leaves_a_null_and_a_text_and_the_others_go_on(
 
 def test_a_file_that_kills_its_workers_is_quarantined(tmp_path: Path) -> None:
     config = load_config()
-    work = WorkFolder(str(tmp_path / "out"), "a", "b", "run")
+    work = WorkFolder(str(tmp_path / "out"), {"shots": "a", "scores": "b"}, "run")
     work.prepare()
     source = {"source_id": "cafe", "uri": str(_good(tmp_path / "good.mp4")), "kind": "video", "bytes": 1, "stamp": ""}
     for _ in range(config.funnel.max_attempts):

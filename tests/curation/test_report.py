@@ -20,7 +20,8 @@ from curation.report import write_report
 from curation.report.charts import bin_grid, count_numbers, score_charts
 from curation.report.gallery import fair_shares, jpeg_size, plain, sample_rows
 from curation.report.render import script_json
-from curation.report.summary import duration, gate_text, number, percent, source_rows, totals, verdict
+from curation.report.summary import duration, number, percent, source_rows, totals, verdict
+from curation.report.tiers import gate_text
 
 NASTY = "</script><img src=x onerror=alert(1)>"
 STAGES = ("ingest", "segment", "technical", "dedup", "aesthetic", "overlay", "motion", "caption")
@@ -235,7 +236,7 @@ def test_charts_count_every_row(made: tuple[Path, dict[str, Any], str]) -> None:
 def test_nothing_hostile_survives(made: tuple[Path, dict[str, Any], str]) -> None:
     _, _, page = made
     assert "<img" not in page, "markup came in with the data"
-    assert page.count("</script>") == 7 == len(re.findall(r"<script( type=\"application/json\" id=\"[\w-]+\")?>", page))
+    assert page.count("</script>") == 10 == len(re.findall(r"<script( type=\"application/json\" id=\"[\w-]+\")?>", page))
     assert "default-src &#39;none&#39;; script-src &#39;sha256-" in page
     assert not re.search(r"<(?:link|img|script|iframe)[^>]+(?:src|href)=\"(?!data:|#)", page.split("plotly.js v")[0])
     assert script_json({"a": "</script><!--\u2028&"}) == '{"a":"\\u003c/script\\u003e\\u003c!--\\u2028\\u0026"}'
@@ -334,6 +335,7 @@ def test_needs_no_ray() -> None:
     assert subprocess.run(check, cwd=Path(__file__).parents[2], check=False).returncode == 0
 
 
+@pytest.mark.browser
 def test_in_a_browser(made: tuple[Path, dict[str, Any], str]) -> None:
     playwright = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium") or "/usr/bin/chromium"

@@ -90,13 +90,13 @@ def test_a_changed_option_of_a_stage_recomputes_and_a_changed_threshold_does_not
 def test_a_source_that_kills_its_worker_is_given_up_after_three_tries(collection: Path, tmp_path: Path) -> None:
     from curation.workfolder import WorkFolder
 
-    work = WorkFolder(str(tmp_path), "k", "k", "run")
+    work = WorkFolder(str(tmp_path), {"shots": "k"}, "run")
     work.prepare()
     assert [work.begin_attempt("s") for _ in range(4)] == [1, 2, 3, 4]
     work.end_attempts(["s"])
     assert work.begin_attempt("s") == 1
     # A new run starts its own count: a killed driver must not be held against the files in flight.
-    assert WorkFolder(str(tmp_path), "k", "k", "other run").begin_attempt("s") == 1
+    assert WorkFolder(str(tmp_path), {"shots": "k"}, "other run").begin_attempt("s") == 1
 
 
 def test_the_fullest_of_several_score_rows_counts(

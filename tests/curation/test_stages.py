@@ -554,7 +554,7 @@ def test_without_a_text_detector_the_columns_stay_null() -> None:
     frames = Frames(np.zeros((4, 36, 64, 3), np.uint8), np.arange(4.0))
     row = stage.score(ClipMedia({"kind": "video"}, dict.fromkeys(stage.requests(), frames)))
     assert set(row) == {"overlay_watermark", "overlay_watermark_box"}
-    assert stage.fingerprint()["text"] is None
+    assert "text_detector" not in stage.fingerprint()["backends"]
 
 
 # --- motion ------------------------------------------------------------------------------------------------------------

@@ -79,7 +79,7 @@ def test_set_overrides_profiles_and_reads_values_as_yaml(tmp_path: Path) -> None
         write(tmp_path, funnel={"order": ["segment"], "stages": {"segment": {}}, "passes": {}}), ["a"], overrides
     )
     assert config.funnel.stages["segment"]["adaptive_min_shot_s"] == 2.5
-    assert config.funnel.passes.shots.cpus == 2.0
+    assert config.funnel.passes["shots"].cpus == 2.0
     assert config.tiers["low"]["long"].min == 3.0
 
 

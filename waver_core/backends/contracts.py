@@ -106,11 +106,13 @@ class AestheticScorer(Protocol):
 
 class ClipView(NamedTuple):
     """What a judge or captioner sees of one clip: frames uint8 [T, H, W, 3], their times in seconds from the start of the
-    source's video stream [T], and the clip's row so far (span, kind, and the columns of earlier stages; may be empty)."""
+    source's video stream [T], and the clip's row so far (span, kind, and the columns of earlier stages; may be empty). `large`:
+    a few larger frames [N, h, w, 3] of the same clip, where text is to be read; without them it is read from `rgb`."""
 
     rgb: np.ndarray
     times_s: np.ndarray
     row: Mapping[str, Any]
+    large: np.ndarray | None = None
 
 
 ISSUES = (

@@ -13,13 +13,15 @@ from waver_core.errors import BackendUnavailable, ConfigError
 class Pretrained:
     """Base of backends with weights: building one is cheap; weights are loaded at the first use, inside the worker.
 
-    device: "auto" takes a GPU where there is one. dtype: "auto" is bfloat16 on a GPU and float32 on a CPU.
+    device: "auto" takes a GPU where there is one. dtype: "auto" is `gpu_dtype` on a GPU and float32 on a CPU.
     """
 
     packages: ClassVar[tuple[str, ...]] = ("torch",)
     """Modules that must be importable."""
     extra: ClassVar[str] = "models"
     """The extra of this project that installs them."""
+    gpu_dtype: ClassVar[str] = "bfloat16"
+    """What dtype "auto" means on a GPU; float32 where half precision is known to hurt."""
 
     def __init__(self, *, device: str = "auto", dtype: str = "auto", batch_size: int = 16) -> None:
         if dtype not in ("auto", "float32", "float16", "bfloat16"):
@@ -32,6 +34,14 @@ class Pretrained:
         """What must have been fetched before the first use."""
         return ()
 
+    def identity(self, name: str, **parameters: Any) -> str:
+        """A fingerprint: the backend's name, the exact revision of its checkpoints, and whatever else changes its numbers.
+
+        Made without loading anything. The dtype goes in as it was asked for: what "auto" comes to, only the worker knows.
+        """
+        revisions = [f"{c.repo}@{c.exact_revision}" for c in self.checkpoints()]
+        return " ".join([name, *revisions, self._dtype, *(f"{key}={value}" for key, value in parameters.items())])
+
     def module(self, name: str) -> Any:
         """Import a package; raises `BackendUnavailable` with the command that installs it."""
         try:
@@ -40,6 +50,11 @@ class Pretrained:
             raise BackendUnavailable(
                 f"{type(self).__name__} needs the package {name} ({error}): pip install -e '.[{self.extra}]'"
             ) from error
+
+    def require(self) -> None:
+        """Import every package of `packages`, so that a missing one is told of before weights are read."""
+        for name in self.packages:
+            self.module(name)
 
     @property
     def device(self) -> str:
@@ -53,7 +68,7 @@ class Pretrained:
         """The torch dtype of the weights."""
         name = self._dtype
         if name == "auto":
-            name = "bfloat16" if self.device.startswith("cuda") else "float32"
+            name = self.gpu_dtype if self.device.startswith("cuda") else "float32"
         return getattr(self.module("torch"), name)
 
     def batches(self, n: int) -> Iterator[slice]:

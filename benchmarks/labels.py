@@ -1,0 +1,119 @@
+"""Action labels of synthetic captions: captions a second of the embedded labeler in one process, and its memory.
+
+The captions are made from templates and the taxonomy, always the same ones for a number and a seed: one to five sentences
+about a place, a person or a thing, its looks, the light and the camera; four in five tell an action of the taxonomy, at
+times as "while" the beginning of another, the rest none. About 60 words on average.
+
+    python benchmarks/labels.py --captions 200000
+"""
+
+from __future__ import annotations
+
+import random
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import common
+from waver_core.backends.contracts import NO_ACTION
+from waver_core.registry import create
+from waver_core.taxonomy import load_taxonomy
+
+NO_ACTION_SHARE = 0.2
+_THINGS = ("Animals", "Vehicles, Objects and Nature")
+"""Classes whose labels begin with a subject."""
+_PEOPLE = ("a young woman with long dark hair", "an old man in a grey coat", "a boy in a striped shirt", "two friends", "a woman")
+_PLACES = (
+    "in a sunlit park",
+    "in a small room with white walls",
+    "on a quiet street",
+    "under a cloudy sky",
+    "near a wooden fence",
+)
+_SCENES = (
+    "A wide view of a valley with pine trees, a narrow river and snow-covered peaks in the distance.",
+    "A still life with a ceramic jug, two lemons and a linen cloth on a rough wooden table.",
+    "The interior of an old library with tall shelves, green lamps and a long oak table in the middle.",
+    "A portrait of an elderly man with a white beard and deep wrinkles in front of a plain dark background.",
+)
+_DETAILS = (
+    "Soft warm light from the left creates long shadows and a calm, intimate atmosphere.",
+    "In the background there are several blurred buildings, a row of parked cars and a few leafless trees.",
+    "The colors are muted, with tones of brown and green, and the focus is sharp on the subject in the foreground.",
+    "A pair of running shoes and a blue bag are visible in the lower corner, next to a painted wall.",
+    "The overall style is realistic and cinematic, with a shallow depth of field and fine film grain.",
+    "The scene is set at dusk, and the sky behind the rooftops is a gradient of orange and violet.",
+    "He wears a red cap and a pair of round glasses, without any jewelry or visible tattoos.",
+)
+_CAMERA = (
+    "The camera slowly pans right and then tilts up.",
+    "The camera remains static at eye level throughout the clip.",
+    "It is a medium shot from a low angle.",
+)
+app = common.new_app()
+
+
+def captions(count: int, seed: int = 7) -> list[str]:
+    """`count` captions, the same for the same seed."""
+    rng = random.Random(seed)
+    labels = [(path.level1 in _THINGS, path.level3) for path in load_taxonomy()]
+    return [_caption(rng, labels) for _ in range(count)]
+
+
+def _caption(rng: random.Random, labels: list[tuple[bool, str]]) -> str:
+    if rng.random() < NO_ACTION_SHARE:
+        first = rng.choice(_SCENES)
+    else:
+        of_thing, label = rng.choice(labels)
+        told = f"A {label}" if of_thing else f"{rng.choice(_PEOPLE).capitalize()} is {label}"
+        first = f"{told} {rng.choice(_PLACES)}."
+        if rng.random() < 0.3:
+            other_of_thing, other = rng.choice(labels)
+            second = f"a {other}" if other_of_thing else f"{rng.choice(_PEOPLE)} is {other}"
+            first = f"{first[:-1]}, while {second} beside."
+    details = rng.sample(_DETAILS, rng.choice((0, 1, 2, 3, 4)))
+    camera = [rng.choice(_CAMERA)] if rng.random() < 0.6 else []
+    return " ".join([first, *details, *camera])
+
+
+def measure(count: int, batch: int = 1024) -> dict[str, Any]:
+    """Time one labeler in this process over `count` captions, batch by batch."""
+    texts = captions(count)
+    started = time.perf_counter()
+    labeler = create("action_labeler", "lexical")
+    built = time.perf_counter()
+    labelled = 0
+    spent = time.process_time()
+    for first in range(0, count, batch):
+        labelled += sum(label != NO_ACTION for label in labeler.label(texts[first : first + batch]))
+    wall_s, cpu_s = time.perf_counter() - built, time.process_time() - spent
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return {
+        "captions": count,
+        "words_per_caption": sum(len(text.split()) for text in texts) / count,
+        "labels": load_taxonomy().counts[2],
+        "build_s": built - started,
+        "wall_s": wall_s,
+        "cpu_s": cpu_s,
+        "captions_per_s": count / wall_s,
+        "captions_per_cpu_s": count / cpu_s,
+        "labelled_share": labelled / count,
+        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit,
+    }
+
+
+@app.command()
+def main(count: Annotated[int, typer.Option("--captions", help="Captions to label.", min=1)] = 200_000) -> None:
+    """Captions labelled a second in one process, and its peak memory."""
+    figures = measure(count)
+    common.print_table("one process", tuple(figures), [tuple(figures.values())], left=())
+
+
+if __name__ == "__main__":
+    app()
