@@ -71,7 +71,7 @@ clean:  ## Remove .venv, caches and builds; results in out/ stay
 constraints:  ## Resolve every dependency anew and write constraints.txt
 	@set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
 	$(PYTHON) -m venv "$$folder/venv"; \
-	"$$folder/venv/bin/pip" install ".[dev,s3,gs]"; \
+	"$$folder/venv/bin/pip" install ".[dev,models,s3,gs]"; \
 	{ grep '^#' constraints.txt; "$$folder/venv/bin/pip" freeze --exclude openwaver; } > "$$folder/constraints.txt"; \
 	cp "$$folder/constraints.txt" constraints.txt
 
@@ -87,7 +87,7 @@ $(RUN_STAMP): pyproject.toml constraints.txt | $(VENV_STAMP)
 	@touch $@
 
 $(DEV_STAMP): pyproject.toml constraints.txt | $(VENV_STAMP)
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,models]"
 	@touch $(RUN_STAMP) $@
 
 $(MODELS_STAMP): pyproject.toml constraints.txt | $(VENV_STAMP)

@@ -32,11 +32,11 @@ from rich.console import Console
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
-from waver_core.camera import LABELS
 from curation.funnel import run_funnel
 from curation.scores_pass import sample_clips
 from curation.serial import Serial
 from curation.stage import load_stages
+from waver_core.camera import LABELS
 from waver_core.config import Config, load_config
 from waver_core.synthetic import CAMERAS, Background, Border, Camera, Overlay, Shape, Shot, Video, random_video, truth
 from waver_core.synthetic.casting import MOVING, TEXTURED, centred, palettes_for

@@ -12,9 +12,10 @@ Thresholds were tuned on other seeds than the default ones.
 from __future__ import annotations
 
 import sys
+import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -23,28 +24,42 @@ from typing import Annotated, Any, NamedTuple
 import cv2
 import numpy as np
 import typer
+from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
+from curation.funnel import run_funnel
 from curation.scores_pass import sample_clips
+from curation.serial import Serial
 from curation.stage import ClipMedia
 from curation.stages import caption
-from waver_core.backends.contracts import Caption, ClipView
+from waver_core.backends.contracts import ClipView
 from waver_core.captions.comparing import compare, share_agreeing
 from waver_core.captions.facts import ObjectFacts, SceneFacts
 from waver_core.captions.parsing import parse
 from waver_core.captions.sentences import full_text
-from waver_core.errors import MediaError
+from waver_core.config import load_config
 from waver_core.registry import create
-from waver_core.synthetic import BACKGROUNDS, CAMERAS, COLOURS, DIRECTIONS, SHAPE_KINDS, Background, Camera, Shape, Shot, Video, render
+from waver_core.synthetic import (
+    BACKGROUNDS,
+    CAMERAS,
+    COLOURS,
+    DIRECTIONS,
+    SHAPE_KINDS,
+    Background,
+    Camera,
+    Shape,
+    Shot,
+    Video,
+    render,
+)
 from waver_core.synthetic.casting import MOVING, centred, palettes_for
 from waver_core.video import VIDEO_SUFFIXES, open_video
 
 _SIZES = ((320, 180), (640, 360))
 _FPS = (24, 25, 30)
 _TINY = ((64, 9, 8), (96, 17, 12), (64, 9, 16))  # side in px, frames, frames a second
-_WINDOW_S = 5.0
 app = common.new_app()
 
 
@@ -142,7 +157,7 @@ def view_of(path: str, start_s: float = 0.0, end_s: float | None = None) -> Clip
     return ClipView(dense.rgb, dense.times_s, row, large.rgb)
 
 
-def said_of(video: Video, view: ClipView, captioner: Any) -> Result:
+def said_of(view: ClipView, captioner: Any) -> Result:
     """Facts and caption of one clip, timed."""
     started = time.perf_counter()
     facts = captioner.facts(view)
@@ -159,7 +174,7 @@ def measured(item: tuple[Video, str]) -> Result:
     if view is None:
         frames = np.stack(list(render(video)))
         view = ClipView(frames, np.arange(len(frames)) / float(video.fps), {})
-    return said_of(video, view, captioner)
+    return said_of(view, captioner)
 
 
 def judge(videos: Sequence[Video], results: Sequence[Result]) -> tuple[dict[str, Any], list[tuple[str, ...]]]:
@@ -177,17 +192,19 @@ def judge(videos: Sequence[Video], results: Sequence[Result]) -> tuple[dict[str,
         for shape in shot.shapes:
             seen = next((o for o in result.facts.objects if o.colour == shape.colour), ObjectFacts())
             prefix = "rest_" if shape.direction == "rest" else ""
-            checks = {"colour": seen.colour is not None, "direction": seen.motion == shape.direction, "shape": seen.shape == shape.kind}
+            moves = seen.motion == shape.direction
+            checks = {"colour": seen.colour is not None, "direction": moves, "shape": seen.shape == shape.kind}
             for fact, ok in checks.items():
                 hits[prefix + fact].append(ok)
                 errors += [] if ok else [f"{fact} of {shape.colour} {shape.kind}"]
             by_colour[shape.colour].append(all(checks.values()))
-            if seen.motion == shape.direction and seen.phases and seen.phases[0].speed:
+            if moves and seen.phases and seen.phases[0].speed:
                 ratios.append(seen.phases[0].speed / shape.speed_short_sides_per_s)
         round_trips.append(parse(result.text) == result.facts)
         prompts.append(share_agreeing(compare(parse(prompt_of(shot)), result.facts)) or 0.0)
         if errors:
-            wrong.append((video.name, f"{shot.camera.kind} {shot.background.kind}/{shot.background.palette}", "; ".join(errors), result.text))
+            where = f"{shot.camera.kind} {shot.background.kind}/{shot.background.palette}"
+            wrong.append((video.name, where, "; ".join(errors), result.text))
     figures: dict[str, Any] = {
         "clips": len(videos),
         "accuracy": {fact: float(np.mean(ok)) for fact, ok in sorted(hits.items())},
@@ -210,19 +227,18 @@ def prompt_of(shot: Shot) -> str:
     return f"{things} while {camera}"
 
 
-def captions_of(folder: Path) -> Iterator[tuple[str, float, float, Caption | Exception]]:
-    """Captions of windows of the files in a folder: name, start, end, caption or what went wrong."""
-    captioner = create("captioner", "attributes", read_text=True)
-    for path in sorted(p for p in folder.iterdir() if p.suffix in VIDEO_SUFFIXES):
-        try:
-            with open_video(str(path)) as video:
-                duration_s = video.info.duration_s or 0.0
-            for start_s in np.arange(0.0, max(duration_s - 1.0, 0.1), _WINDOW_S).tolist():
-                end_s = min(start_s + _WINDOW_S, duration_s)
-                if view := view_of(str(path), start_s, end_s):
-                    yield path.name, start_s, end_s, captioner.caption([view])[0]
-        except MediaError as error:
-            yield path.name, 0.0, 0.0, error
+def captions_of(folder: Path, work: Path) -> list[dict[str, Any]]:
+    """Rows of the clips that the funnel finds in the files of a folder, captioned, none rejected."""
+    files = sorted(p for p in folder.iterdir() if p.suffix in VIDEO_SUFFIXES)
+    work.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=work) as out:
+        path = common.config_file(Path(out) / "open.yaml", tiers=common.OPEN_TIERS)
+        config = load_config(path)
+        listed = common.input_list(Path(out) / "list.csv", files)
+        rows: list[dict[str, Any]] = run_funnel(
+            config, str(listed), f"{out}/run", Serial(), Console(quiet=True)
+        ).clips.to_pylist()
+    return sorted(rows, key=lambda row: (row["source_uri"], row["start_s"]))
 
 
 @app.command()
@@ -238,8 +254,9 @@ def main(
 ) -> None:
     """Captions against the truth of rendered scenes, or of real files for a person to check."""
     if videos is not None:
-        for name, start_s, end_s, found in captions_of(videos):
-            common.console().print(f"{name} {start_s:.1f}-{end_s:.1f} s: {found.text if isinstance(found, Caption) else found}")
+        for row in captions_of(videos, work):
+            said = row["caption"] or row["caption_error"]
+            common.console().print(f"{Path(row['source_uri']).name} {row['start_s']:.1f}-{row['end_s']:.1f} s: {said}")
         return
     before = common.machine()
     figures: dict[str, Any] = {"clips": clips, "tiny": tiny, "seed": seed}

@@ -31,6 +31,7 @@ from benchmarks import common
 from curation.gates import Tiers, tier_gates
 from curation.selection import add_reasons
 from curation.stage import StageSet, load_stages
+from waver_core.backends.contracts import ISSUES
 from waver_core.config import load_config
 from waver_core.manifest import INDEX_NAME, VERSION
 
@@ -47,6 +48,7 @@ _RANGES: dict[str, tuple[float, float]] = {  # so that every gate rejects some r
     "motion_foreground_px": (0.0, 40.0),
     "technical_black_border_ratio": (0.0, 0.1),
     "technical_bits_per_pixel": (0.0, 0.3),
+    **{f"quality_{name}": (0.0, 0.55) for name in ISSUES},
 }
 _WORDS = {
     "kind": ["video"] * 9 + ["image"],
@@ -58,7 +60,16 @@ _WORDS = {
     "motion_camera": ["static", "pan_left", "pan_right", "zoom_in", "shake", "complex"],
     "dataset": ["a", "b", "c"],
     "licence": ["cc-by", "cc0"],
-    "style": ["real", "anime"],
+    "style": ["real", "anime_2d"],
+    "review": ["real"],
+    "caption": [" ".join(["A person in a red coat walks to the left."] * 8)],
+    "caption_short": ["A person walks to the left."],
+    "caption_camera": ["static", "pan_left"],
+    "caption_style": ["real"],
+    "label_1": ["Body Movement", "Ball Sports", "none"],
+    "label_2": ["Walking", "Basketball", "none"],
+    "label_3": ["walking", "dribbling a basketball", "none"],
+    "training_caption": [" ".join(["A person in a red coat walks to the left."] * 9)],
     "skipped_from": ["aesthetic", "overlay", "motion"],
 }
 _SIDES = np.array([180, 360, 480, 720, 1080, 1440, 2160], np.int32)
@@ -87,6 +98,8 @@ def column(field: pa.Field, first: int, rows: int, rng: np.random.Generator) -> 
         return pa.array(rng.random(rows) < 0.9)
     if pa.types.is_fixed_size_list(kind):
         return pa.FixedSizeListArray.from_arrays(_numbers(kind.value_type, rows * kind.list_size, rng), kind.list_size).cast(kind)
+    if pa.types.is_list(kind) and not pa.types.is_floating(kind.value_type) and not pa.types.is_integer(kind.value_type):
+        return pa.array([None] * rows, kind)  # sentences and spans: no tier looks at them
     if pa.types.is_list(kind):
         offsets = pa.array(np.arange(0, 4 * rows + 1, 4, dtype=np.int32))
         return pa.ListArray.from_arrays(offsets, _numbers(kind.value_type, rows * 4, rng)).cast(kind)

@@ -4,9 +4,10 @@ Every defect of the renderer that maps to a quality issue (Waver §3.2, §3.5), 
 backgrounds, cameras, sizes and frame rates; and as many clean clips. Each is encoded, decoded frame by frame through the
 watchers of the first pass, sampled as the second pass does it, and scored by the stages in the funnel's order; the whole
 shot is the clip, so that no cut hides a jump. A clip counts as positive for every issue that `quality_issues` names, and
-a detector that fires on another issue's clips pays for it in precision. Thresholds were set on seeds below 100; the
-figures are of seeds from 500 on, which nothing was set on. With `--videos` a folder of real files goes through the whole
-funnel, and the issues that fire are listed clip by clip, for a person to judge.
+a detector that fires on another issue's clips pays for it in precision. Thresholds were set on rendered clips of seed 7;
+the default seed is another one, which nothing was set on. With `--videos` a folder of real files goes through the whole
+funnel, and the issues that fire are listed clip by clip, for a person to judge. That list is no held-out test: thresholds
+of fast motion, shake, bars and text were raised after looking at what fired on the same files.
 
     python benchmarks/quality.py --videos FOLDER
 """
@@ -26,6 +27,7 @@ from typing import Annotated, Any, NamedTuple
 import cv2
 import numpy as np
 import typer
+import yaml
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -33,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import common
 from curation.funnel import run_funnel
 from curation.scores_pass import sample_clips
-from curation.serial import run_serial
+from curation.serial import Serial
 from curation.shots_pass import small_frame
 from curation.stage import ClipMedia, Row, SourceFacts, StreamFrame, load_stages
 from waver_core.backends.contracts import ISSUES
@@ -162,11 +164,14 @@ class Measured(NamedTuple):
     score_ms: float
 
 
-def quality_order() -> str:
-    """An override that puts the quality stage after motion, whatever the order in pipelines.yaml is."""
-    order = [name for name in load_config().funnel.order if name != "quality"]
-    order.insert(order.index("motion") + 1, "quality")
-    return f"funnel.order=[{','.join(order)}]"
+def funnel_up_to_quality(path: Path) -> Config:
+    """pipelines.yaml with gates that reject nothing and no stage between quality and publish, written to `path`."""
+    raw = yaml.safe_load(common.config_file(path, tiers=common.OPEN_TIERS).read_text())
+    funnel = raw["funnel"]
+    funnel["order"] = [*funnel["order"][: funnel["order"].index("quality") + 1], "publish"]
+    funnel["stages"] = {name: options for name, options in funnel["stages"].items() if name in funnel["order"]}
+    path.write_text(yaml.safe_dump(raw, sort_keys=False))
+    return load_config(path)
 
 
 def media_of(path: str, config: Config) -> tuple[ClipMedia, float]:
@@ -204,8 +209,6 @@ def measure(item: tuple[str, Config]) -> Measured:
     media, watch_ms = media_of(path, config)
     score_ms = 0.0
     for stage in load_stages(config).with_hook("clip"):
-        if stage.name in ("caption", "label"):  # they come after, and read what quality says
-            continue
         started = time.perf_counter()
         media.row.update(stage.score(media))
         score_ms += (time.perf_counter() - started) * 1000 if stage.name == "quality" else 0.0
@@ -252,9 +255,8 @@ def judge_issues(all_cases: Sequence[Case], found: Sequence[Measured]) -> dict[s
 def real_clips(videos: Path, work: Path) -> list[Row]:
     """Every clip that the funnel finds in a folder of real files, with all scores."""
     with tempfile.TemporaryDirectory(dir=work) as folder:
-        opened = common.config_file(Path(folder) / "open.yaml", tiers=common.OPEN_TIERS)
-        config = load_config(opened, [], [quality_order()])
-        rows = run_funnel(config, str(videos), f"{folder}/out", run_serial, Console(quiet=True)).clips.to_pylist()
+        config = funnel_up_to_quality(Path(folder) / "open.yaml")
+        rows = run_funnel(config, str(videos), f"{folder}/out", Serial(), Console(quiet=True)).clips.to_pylist()
     return sorted(rows, key=lambda row: (Path(row["source_uri"]).name, row["start_frame"]))
 
 
@@ -296,7 +298,7 @@ def report(figures: dict[str, Any]) -> None:
 @app.command()
 def main(
     per_issue: Annotated[int, typer.Option(min=1, help="Clips per issue, at least.")] = 14,
-    seed: Annotated[int, typer.Option(min=0, help="Another one is another collection; below 100 thresholds were set.")] = 500,
+    seed: Annotated[int, typer.Option(min=0, help="Another one is another collection; thresholds were set on 7.")] = 500,
     videos: Annotated[Path | None, typer.Option(exists=True, help="A folder of real files to list what fires on.")] = None,
     verbose: Annotated[bool, typer.Option("--verbose", help="List every error.")] = False,
     jobs: common.Jobs = common.JOBS_DEFAULT,
@@ -307,7 +309,8 @@ def main(
     before = common.machine()
     all_cases = cases(per_issue, seed)
     paths = common.rendered([case.video for case in all_cases], work, jobs)
-    config = load_config(None, [], [quality_order()])
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        config = funnel_up_to_quality(Path(folder) / "open.yaml")
     found = common.in_parallel(measure, [(str(path), config) for path in paths], jobs)
     figures = judge_issues(all_cases, found)
     if videos is not None:

@@ -210,7 +210,7 @@ def ask(stage: Stage, clip: str, schema: pa.Schema) -> Row:
         found |= _watched(stage, clip, row)
     if "clip" in stage.hooks:
         with open_video(clip) as video:
-            media = list(sample_clips(video, [row], list(stage.requests())))
+            media = list(sample_clips(video, [row | found], list(stage.requests())))
         found |= _only(score_together(stage, media))
     if "text" in stage.hooks:
         found |= _only(stage.annotate([row]))

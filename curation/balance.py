@@ -7,7 +7,7 @@ table of requests for the generator: prompts, and where there is one an image to
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -52,6 +52,8 @@ class Balance:
 
     groups: pa.Table
     weights: dict[str, np.ndarray]
+    requests: pa.Table = field(default_factory=REQUEST_SCHEMA.empty_table)
+    """What is asked of the generator, the most lacking classes first."""
 
     def weight_of(self, tier: str, clips: pa.Table) -> pa.Array:
         """float64 [N]: a tier's weight for each clip; 1 where the tier is not balanced."""
@@ -71,11 +73,11 @@ def balance_tiers(output: str, clips: pa.Table, tiers: list[str], stages: StageS
     groups = execute.count(uris, KEYS, {tier: f"reason_{tier}" for tier in tiers}).sort_by([(k, "ascending") for k in KEYS])
     chosen = [t for t in options.tiers if t in tiers]
     balance = Balance(groups, {tier: group_weights(groups, groups[tier].to_numpy(), options) for tier in chosen})
-    requests = [row for tier in chosen for row in _requests(tier, balance, clips, options)]
-    requests.sort(key=lambda r: (r["share"], r["tier"], r["label_2"]))
-    table = pa.Table.from_pylist(requests[: options.max_requests], schema=REQUEST_SCHEMA)
-    write_table(join(output, "synthetic_requests.parquet"), table)
-    return balance
+    rows = [row for tier in chosen for row in _requests(tier, balance, clips, options)]
+    rows.sort(key=lambda r: (r["share"], r["tier"], r["label_2"]))
+    requests = pa.Table.from_pylist(rows[: options.max_requests], schema=REQUEST_SCHEMA)
+    write_table(join(output, "synthetic_requests.parquet"), requests)
+    return replace(balance, requests=requests)
 
 
 def group_weights(groups: pa.Table, count: np.ndarray, rules: Rules) -> np.ndarray:

@@ -154,7 +154,9 @@ def run_funnel(config: Config, input_uri: str, output: str, execute: Executor, c
             tiers=summary,
             run=run,
             thumbnail=lambda clip_id: _read_if_there(work.thumbnail_uri(clip_id)),
-            max_gallery_clips=stages.named("publish").options.max_gallery_clips,
+            max_gallery_clips=publish.options.max_gallery_clips,
+            balance=balance,
+            requests=balance.requests if balance else None,
         )
         write_atomic(join(output, "report.html"), read_bytes(join(folder, "report.html")))
     _write_clip_files(clips, stages, output, console)

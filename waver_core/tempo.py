@@ -2,15 +2,17 @@
 
 Six frames a second, enough for flow and captions, cannot tell slow motion from a slow scene nor a freeze from a pause.
 These signals come from every frame of a small picture (short side about 72 px) and from a few rows of full-size luma, at
-about a quarter of a millisecond each, while a source is decoded for the first time; the frames of a generated video give
+about a third of a millisecond each, while a source is decoded for the first time; the frames of a generated video give
 the same columns by `full_rate_columns`. Slow motion from a high-speed camera repeats and blends nothing: it looks like a
 slow scene, and nothing here sees it.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable
 from itertools import pairwise
+from math import hypot
 from typing import Any, NamedTuple
 
 import cv2
@@ -77,10 +79,18 @@ class SignalTracker:
 
     def __init__(self) -> None:
         self._flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_ULTRAFAST)
+        self._flow.setFinestScale(1)  # at a quarter of so small a picture, small things would be smoothed away
         self._grey: list[np.ndarray] = []
         self._rows: list[np.ndarray] = []
         self._half = np.zeros((0, 0), np.float32)
-        self.signals: list[FrameSignals] = []
+        self._n_frames = 0
+        self._numbers = array("f")  # a long source has a million frames: four bytes a number, not a Python object
+
+    def signals(self, start: int = 0, end: int | None = None) -> np.ndarray:
+        """float32 [T, 10]: the signals of frames start to end, a column for every field of `FrameSignals`."""
+        width = len(FrameSignals._fields)
+        numbers = np.array(self._numbers[start * width : None if end is None else end * width], np.float32)
+        return numbers.reshape(-1, width)
 
     def add(self, small: np.ndarray, rows: np.ndarray | None) -> None:
         """small: uint8 [h, w, 3]; rows: as `luma_rows` gives them, None where full-size luma is not at hand.
@@ -95,7 +105,8 @@ class SignalTracker:
         half = cv2.GaussianBlur(half, (0, 0), 1.2)
         if self._grey and (self._grey[-1].shape != grey.shape or self._rows[-1].shape != rows.shape):
             self._grey, self._rows = [], []
-        self.signals.append(self._compare(grey, rows, half) if self._grey else FrameSignals())
+        self._numbers.extend(self._compare(grey, rows, half) if self._grey else FrameSignals())
+        self._n_frames += 1
         self._grey, self._rows, self._half = [*self._grey[-1:], grey], [*self._rows[-1:], rows], half
 
     def _compare(self, grey: np.ndarray, rows: np.ndarray, half: np.ndarray) -> FrameSignals:
@@ -114,7 +125,7 @@ class SignalTracker:
             bend = float(cv2.norm(second) / np.sqrt(second.size))
         shift_x, shift_y = _block_shift(self._half, half, grid)
         moved = float((steady > 12.0).mean())
-        steps = self._steps(before, grey) if len(self.signals) % _FLOW_EVERY == 1 else (np.nan, np.nan, np.nan)
+        steps = self._steps(before, grey) if self._n_frames % _FLOW_EVERY == 1 else (np.nan, np.nan, np.nan)
         return FrameSignals(float(blocks.max()), float(steady.mean()), moved, bend, noise, shift_x, shift_y, *steps)
 
     def _steps(self, before: np.ndarray, grey: np.ndarray) -> tuple[float, float, float]:
@@ -156,11 +167,10 @@ def _block_shift(before: np.ndarray, after: np.ndarray, grid: tuple[int, int]) -
     return middle_x / side, middle_y / side
 
 
-def describe_signals(signals: list[FrameSignals], fps: float) -> dict[str, float]:
-    """The columns of one clip from the signals of its frames, in order; the first one's look back and are left out."""
-    rows = np.array(signals[1:], float).reshape(-1, len(FrameSignals._fields))
-    change, change_mean, moved, _, noise, shift_x, shift_y, camera_step, subject_step, pace = rows.T
-    bend = np.array([s.bend for s in signals[2:]])
+def describe_signals(signals: np.ndarray, fps: float) -> dict[str, float]:
+    """The columns of one clip from the signals of its frames [T, 10], in order; the first one's look back and are left out."""
+    rows = signals[1:].astype(np.float64)
+    change, change_mean, moved, bend, noise, shift_x, shift_y, camera_step, subject_step, pace = rows.T
     known = np.isfinite(camera_step)
     speeds = {
         "camera_speed": float(np.median(camera_step[known])) * fps if known.any() else 0.0,
@@ -176,10 +186,10 @@ def describe_signals(signals: list[FrameSignals], fps: float) -> dict[str, float
     jumped = (lively > 1.5) & _jumps(change_mean, moved) & ~np.concatenate([[False], frozen[:-1]])
     return {
         "repeat_factor": _period(change, 3.0) if lively > 1.5 else 1.0,
-        "blend_factor": _period(bend, 1.5),
+        "blend_factor": _period(bend[1:], 1.5),
         "freeze_ratio": float(frozen.mean()),
         "jumps": float(jumped.sum()),
-        "shake_short_sides": float(np.hypot(*(_shake(np.where(jumped, np.nan, s), fps) for s in (shift_x, shift_y)))),
+        "shake_short_sides": hypot(*(_shake(np.where(jumped, np.nan, s), fps) for s in (shift_x, shift_y))),
         **speeds,
         "noise_levels": float(np.median(noise[1:])),
     }
@@ -266,4 +276,4 @@ def full_rate_columns(frames: Iterable[np.ndarray], fps: float) -> dict[str, Any
         size = (max(2, round(frame.shape[1] * scale)), max(2, round(frame.shape[0] * scale)))
         small = cv2.resize(frame, size, interpolation=cv2.INTER_AREA)
         tracker.add(small, luma_rows(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)))
-    return {f"{PREFIX}{name}": value for name, value in describe_signals(tracker.signals, fps).items()}
+    return {f"{PREFIX}{name}": value for name, value in describe_signals(tracker.signals(), fps).items()}

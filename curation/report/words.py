@@ -25,7 +25,7 @@ HIDDEN = (
     "training_caption",
 )
 """Columns that the panel shows in words, and nowhere else."""
-REVIEWS = ("review", "synthetic_review")
+REVIEWS = ("review",)
 MAX_CAPTION = 4_000
 MAX_ITEMS = 40
 """Sub-actions, and spatial sentences, of one clip."""

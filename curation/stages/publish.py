@@ -47,7 +47,8 @@ class Stage(stage.Stage):
 
     def write_tiers(self, output: str, clips: pa.Table, tiers: list[str], balance: Balance | None, facts: dict[str, Any]) -> None:
         """Write `<output>/tiers/<tier>`: the clips each keeps, with their sampling weights."""
-        dropped = [f"reason_{t}" for t in tiers] + ["reject_reason", "reject_stage", "skipped_from", "dedup_hashes", "dedup_embedding"]
+        verdicts = [*(f"reason_{t}" for t in tiers), "reject_reason", "reject_stage", "skipped_from"]
+        dropped = [*verdicts, "dedup_hashes", "dedup_embedding"]
         for tier in tiers:
             kept = clips.filter(pc.is_null(clips[f"reason_{tier}"]))
             if balance is not None:

@@ -126,7 +126,7 @@ class TempoWatcher:
     def _describe(self, start: int, end: int) -> Row:
         steps_s = np.diff(self._times_s[start:end])
         fps = 1 / float(np.median(steps_s)) if len(steps_s) and np.median(steps_s) > 0 else self._declared_fps
-        return {f"{PREFIX}{k}": v for k, v in describe_signals(self._tracker.signals[start:end], fps).items()}
+        return {f"{PREFIX}{k}": v for k, v in describe_signals(self._tracker.signals(start, end), fps).items()}
 
 
 def _luma_rows(frame: StreamFrame) -> np.ndarray | None:

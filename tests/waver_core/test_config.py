@@ -14,7 +14,7 @@ from waver_core.config import DEFAULT_PATH, Config, digest_of, load_config, merg
 from waver_core.errors import ConfigError, did_you_mean
 
 PROFILES = list(yaml.safe_load(DEFAULT_PATH.read_text())["profiles"])
-ALL_STAGES = "[ingest, segment, technical, dedup, aesthetic, overlay, motion, publish]"
+ALL_STAGES = "[ingest, segment, technical, dedup, aesthetic, overlay, motion, quality, caption, label, balance, publish]"
 
 
 def write(folder: Path, **changes: Any) -> Path:
@@ -176,7 +176,7 @@ def test_files_that_are_no_configuration(tmp_path: Path) -> None:
 
 
 def test_a_stage_that_reads_what_no_earlier_stage_writes_is_refused() -> None:
-    text = refusal("funnel.order=[ingest, segment, dedup, technical, aesthetic, overlay, motion, publish]")
+    text = refusal("funnel.order=" + ALL_STAGES.replace("technical, dedup", "dedup, technical"))
     assert text == "stage 'dedup' reads 'short_side_px', which no earlier stage of funnel.order writes"
 
 

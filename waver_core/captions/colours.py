@@ -81,8 +81,8 @@ def name_of_lab(lab: np.ndarray) -> str:
     if lightness < 18 and chroma < 16:
         return "black"
     if chroma < 8 or (lightness < 30 and chroma < 10):
-        return "white" if lightness > 89 else "grey" if lightness > 20 else "black"
-    if 45 <= hue < 112 and chroma < 34 and lightness > 72:
+        return "white" if lightness > 85 else "grey" if lightness > 20 else "black"
+    if 45 <= hue < 112 and chroma < 34 and lightness > 64:
         return "beige"
     if hue < 20 or hue >= 355:
         return "pink" if lightness > 62 else "red"
@@ -114,11 +114,22 @@ def _name_table() -> tuple[np.ndarray, tuple[str, ...]]:
     return np.array([names.index(w) for w in words], np.uint8), names
 
 
-def main_colours(pixels: np.ndarray, min_share: float = 0.22, most: int = 2) -> tuple[str, ...]:
-    """Names that cover at least a share of the pixels uint8 [N, 3], largest first; empty where none does."""
+def main_colours(pixels: np.ndarray, min_share: float = 0.5) -> tuple[str, ...]:
+    """Names of the up to three colours that together cover `min_share` of pixels uint8 [N, 3], largest first; empty where more
+    would be needed, for then no colour is the main one."""
     if not len(pixels):
         return ()
     table, names = _name_table()
     bits = (pixels >> 3).astype(np.uint16)
     counts = np.bincount(table[(bits[:, 0] << 10) | (bits[:, 1] << 5) | bits[:, 2]], minlength=len(names)) / len(pixels)
-    return tuple(names[i] for i in np.argsort(-counts, kind="stable")[:most] if counts[i] >= min_share)
+    found: list[str] = []
+    covered = 0.0
+    for index in np.argsort(-counts, kind="stable")[:3]:
+        if counts[index] < 0.15:
+            break
+        # A second colour that is nearly as common as the first belongs to the picture as well.
+        if covered >= min_share and counts[index] < 0.25:
+            break
+        found.append(names[index])
+        covered += float(counts[index])
+    return tuple(found) if covered >= min_share else ()

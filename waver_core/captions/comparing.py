@@ -23,12 +23,12 @@ def compare(prompt: SceneFacts, measured: SceneFacts) -> list[Agreement]:
     """One entry per fact of the prompt; facts that the prompt leaves open are not judged.
 
     Objects are paired so that most facts agree. Facts are named `background`, `light`, `camera`, `text`, `objects` (how many)
-    and `colour`, `shape`, `size`, `position`, `direction` and `speed`, those of objects after the first with a number: `colour_2`.
+    and `colour`, `shape`, `size`, `position`, `direction` and `speed`, of objects after the first with a number: `colour_2`.
     """
     found = []
     if prompt.background:
-        seen = measured.background
-        found.append(Agreement("background", _list(prompt.background), _list(seen), bool(set(prompt.background) & set(seen))))
+        shared = bool(set(prompt.background) & set(measured.background))
+        found.append(Agreement("background", ", ".join(prompt.background), _list(measured.background), shared))
     for name in ("light", "camera"):
         if (wanted := getattr(prompt, name)) is not None:
             found.append(_agreement(name, wanted, getattr(measured, name)))

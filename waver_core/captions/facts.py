@@ -7,6 +7,7 @@ the viewer's. Lengths are in short sides of the picture, times in seconds from t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 COLOURS = (
     *("red", "green", "blue", "yellow", "orange", "purple", "cyan", "magenta", "white", "black"),
@@ -60,7 +61,7 @@ class ObjectFacts:
             return "rest" if self.phases else None
         if len(set(moving)) == 1:
             return moving[0]
-        turns = zip(moving, moving[1:], strict=False)
+        turns = pairwise(moving)
         return "back_and_forth" if all(OPPOSITE.get(a) == b for a, b in turns) else None
 
 

@@ -20,7 +20,7 @@ from waver_core.captions.movers import movers
 from waver_core.captions.paths import phases_of
 from waver_core.captions.scene import Scene, camera_evidence, camera_fact, held_still, look, onto
 from waver_core.captions.silhouettes import normalised, overlaps
-from waver_core.captions.tracking import Track, link, regions_of
+from waver_core.captions.tracking import Track, filled, link, regions_of
 
 _MAX_FRAMES = 32
 """In which colours are searched; a long clip is thinned."""
@@ -70,7 +70,7 @@ def measure(
     objects = [*(facts_of(scene, thing, clip_s) for thing in things), *others]
     return SceneFacts(
         background=background_colours(scene, found),
-        light=light_of(scene.rgb[len(scene.rgb) // 2]),
+        light=light_of(scene.rgb),
         camera=label,
         objects=tuple(objects[: limits.most]),
     )
@@ -92,7 +92,8 @@ def coloured_tracks(scene: Scene, limits: Limits) -> list[Track]:
             mask = (c >= layer.low) & (c < layer.high)
             by_frame.append(regions_of(mask, t * stride, limits.min_area * c.size, limits.max_area * c.size))
         tracks = link(layer.colour, by_frame, 0.2 * min(height, width), stride)
-        found += [t for t in tracks if len(t.regions) >= max(1, limits.min_presence * n)]
+        lasting = [t for t in tracks if len(t.regions) >= max(1, limits.min_presence * n)]
+        found += [Track(t.colour, [filled(r) for r in t.regions]) for t in lasting]
     return found
 
 
@@ -202,7 +203,10 @@ def _within_bars(rgb: np.ndarray) -> tuple[slice, slice]:
 
 
 def light_of(rgb: np.ndarray) -> str | None:
-    """Bright, dim or dark by the mean luma of a frame [H, W, 3] without its bars; None in between."""
-    rows, columns = _within_bars(rgb[None])
-    luma = float(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)[rows, columns].mean()) / 255
-    return "bright" if luma > 0.68 else "dark" if luma < 0.14 else "dim" if luma < 0.27 else None
+    """Bright, dim or dark by mean luma without the bars, where it is so from first to last; None in between."""
+    rows, columns = _within_bars(rgb)
+    words = set()
+    for t in np.linspace(0, len(rgb) - 1, 5).round().astype(int):
+        luma = float(cv2.cvtColor(rgb[t], cv2.COLOR_RGB2GRAY)[rows, columns].mean()) / 255
+        words.add("bright" if luma > 0.68 else "dark" if luma < 0.14 else "dim" if luma < 0.27 else None)
+    return words.pop() if len(words) == 1 else None

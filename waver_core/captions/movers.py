@@ -14,7 +14,7 @@ import numpy as np
 from waver_core.backends.contracts import ForegroundSegmenter
 from waver_core.camera import drop_explained
 from waver_core.captions.colours import main_colours
-from waver_core.captions.facts import ObjectFacts, Phase, position_word
+from waver_core.captions.facts import ObjectFacts, Phase
 from waver_core.captions.paths import direction_of
 from waver_core.captions.scene import Scene
 from waver_core.captions.tracking import Track, link, regions_of
@@ -126,11 +126,10 @@ def _judge(scene: Scene, track: Track, vectors: np.ndarray, residual: np.ndarray
         return None
     whole = end_s - start_s >= 0.85 * clip_s
     span = (None, None) if whole else (max(0.0, round(start_s, 1)), round(min(end_s, clip_s), 1))
-    x, y = track.regions[0].centre
-    height, width = residual.shape[1:]
     motion = direction_of(float(net[0]), float(net[1]))
     colour = None if scene.moves else _colour_of(scene, track)
-    facts = ObjectFacts(colour, None, None, position_word(x / width, y / height), (Phase(motion, None, None, *span),))
+    # No place: a region at its first is smeared over where the thing comes from.
+    facts = ObjectFacts(colour, phases=(Phase(motion, start_s=span[0], end_s=span[1]),))
     return Mover(track, distance, facts)
 
 
@@ -144,9 +143,9 @@ def _colour_of(scene: Scene, track: Track) -> str | None:
         mask = cv2.resize(r.mask.astype(np.uint8), (frame.shape[1], frame.shape[0]), interpolation=cv2.INTER_NEAREST) > 0
         differs = cv2.absdiff(frame, background[y0:y1, x0:x1]).max(axis=2) > 30
         inside.append(frame[mask & differs])
-    names = main_colours(np.concatenate(inside), min_share=0.55, most=1)
+    names = main_colours(np.concatenate(inside), min_share=0.55)
     # Grey is what glass, shadow and blur make of any colour.
-    return names[0] if names and names[0] not in ("grey", "brown", "beige") else None
+    return names[0] if len(names) == 1 and names[0] not in ("grey", "brown", "beige") else None
 
 
 def _together(a: Track, b: Track) -> bool:

@@ -9,18 +9,19 @@ from dataclasses import replace
 
 from waver_core.captions.facts import COLOURS, LIGHTS, SHAPES, SIZES, SPEEDS, ObjectFacts, Phase, SceneFacts
 
-_COLOUR_WORDS = {c: c for c in COLOURS} | {
-    **{"gray": "grey", "violet": "purple", "scarlet": "red", "crimson": "red", "golden": "yellow", "navy": "blue"},
-    **{"turquoise": "cyan", "tan": "beige", "fuchsia": "magenta"},
-}
-_NOUNS = {s: s for s in SHAPES} | {
-    **{"circle": "disc", "disk": "disc", "ball": "disc", "dot": "disc", "box": "square", "rhombus": "diamond"},
-    **{"donut": "ring", "plus": "cross", "object": "", "thing": "", "shape": "", "something": ""},
-}
-_PLURALS = {f"{n}s": n for n in _NOUNS if not n.endswith("s") and n != "something"} | {
-    **{"crosses": "cross", "boxes": "box"},
-}
-_SIZE_WORDS = {s: s for s in SIZES} | {"tiny": "small", "little": "small", "medium": "medium-sized", "big": "large", "huge": "large"}
+
+def _synonyms(words: str) -> dict[str, str]:
+    return dict(pair.split("=") for pair in words.split())
+
+
+_COLOUR_WORDS = {c: c for c in COLOURS} | _synonyms(
+    "gray=grey violet=purple scarlet=red crimson=red golden=yellow navy=blue turquoise=cyan tan=beige fuchsia=magenta"
+)
+_NOUNS = {s: s for s in SHAPES} | _synonyms(
+    "circle=disc disk=disc ball=disc dot=disc box=square rhombus=diamond donut=ring plus=cross object= thing= shape= something="
+)
+_PLURALS = {f"{n}s": n for n in _NOUNS if n not in ("cross", "box", "something")} | {"crosses": "cross", "boxes": "box"}
+_SIZE_WORDS = {s: s for s in SIZES} | _synonyms("tiny=small little=small medium=medium-sized big=large huge=large")
 _SPEED_WORDS = {s: s for s in SPEEDS} | {"slow": "slowly", "fast": "quickly", "quick": "quickly", "rapidly": "quickly"}
 _NUMBERS = {"two": 2, "three": 3, "four": 4}
 _FRESH = {"a", "an", "another", "one", "some"}
@@ -41,14 +42,16 @@ _CAMERA = re.compile(
 _STATIC_SHOT = re.compile(r"\b(?:static|fixed|still) (?:camera|shot)\b")
 _COLOUR = "|".join(sorted(_COLOUR_WORDS, key=len, reverse=True))
 _COLOUR_LIST = rf"(?:{_COLOUR})(?:(?:, | and |, and | )(?:{_COLOUR}))*"
+_OVER = r"(?:over|on|against|in front of|before|with|across)"
 _BACKGROUND = re.compile(
-    rf"\b(?:the (?:background is|main colours? (?:are|is)) (?P<is>{_COLOUR_LIST})|(?:(?:over|on|against|in front of|before|with|across) )?(?:an? |the )?"
-    rf"(?:[a-z]+ ){{0,2}}?(?P<of>{_COLOUR_LIST}) (?:[a-z]+ )?(?:background|backdrop|ground|scene))\b"
+    rf"\b(?:the (?:background is|main colours? (?:are|is)) (?P<is>{_COLOUR_LIST})|"
+    rf"(?:{_OVER} )?(?:an? |the )?(?:[a-z]+ ){{0,2}}?(?P<of>{_COLOUR_LIST}) (?:[a-z]+ )?(?:background|backdrop|ground|scene))\b"
 )
 _LIGHT = re.compile(rf"\bthe light is (?P<is>{'|'.join(LIGHTS)})\b|\bin (?P<of>{'|'.join(LIGHTS)}) light\b")
 _RELATION = re.compile(r"\b(?:is|lies) (?:to the (?:left|right) of|above|below|under) ")
 _POSITION = re.compile(
-    r"(?:,? ?(?:starting|starts|start|beginning|begins) )?\b(?:in|at|near|on) the (?P<where>upper left|upper right|lower left|lower right|"
+    r"(?:,? ?(?:starting|starts|start|beginning|begins) )?\b(?:in|at|near|on) the (?P<where>"
+    r"upper left|upper right|lower left|lower right|"
     r"top left|top right|bottom left|bottom right|top|bottom|left|right|centre|center|middle)"
     r"(?: (?:corner|side|edge|half|part))?(?: of the (?:picture|frame|image|screen))?"
 )
@@ -117,12 +120,12 @@ def _read_objects(sentence: str, objects: list[ObjectFacts]) -> None:
             begin, thing, fresh, count = _noun_phrase(tokens, at, _NOUNS[noun])
             mentions.append((begin, end, thing, fresh, count if word in _PLURALS else 1))
     last = len(objects) - 1
-    for number, (_, end, thing, fresh, count) in enumerate(mentions):
+    for number, (_, end, found, fresh, count) in enumerate(mentions):
         said = sentence[end : mentions[number + 1][0] if number + 1 < len(mentions) else None]
-        if thing is not None:
-            known = None if fresh else _known(thing, objects)
+        if found is not None:
+            known = None if fresh else _known(found, objects)
             if known is None:
-                objects.extend([thing] * count)
+                objects.extend([found] * count)
                 last, first = len(objects) - 1, len(objects) - count
             else:
                 last = first = known

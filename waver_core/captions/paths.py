@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from waver_core.captions.facts import DIRECTIONS, Phase, speed_word
@@ -22,7 +24,7 @@ def phases_of(times_s: np.ndarray, path: np.ndarray, clip_s: float) -> tuple[Pha
     if len(path) < 2 or times_s[-1] - times_s[0] <= 0:
         return ()
     cuts = _cuts(times_s, path, 0, len(path))
-    parts = [(a, b, *_velocity(times_s, path, a, b)) for a, b in zip(cuts, cuts[1:], strict=False)]
+    parts = [(a, b, *_velocity(times_s, path, a, b)) for a, b in pairwise(cuts)]
     joined: list[tuple[int, int, str]] = []
     for a, b, motion, _ in parts:
         if joined and joined[-1][2] == motion:

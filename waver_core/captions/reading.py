@@ -42,16 +42,16 @@ class TextReader:
 
     def read(self, frames: np.ndarray) -> tuple[str, ...]:
         """Lines of text in frames uint8 [N, H, W, 3], from top to bottom; of a single frame, what is read with confidence."""
-        seen: dict[str, tuple[int, str, float]] = {}
+        seen: dict[str, tuple[int, str, tuple[int, float]]] = {}
         for frame in frames:
-            for key, (text, top) in self._lines(frame).items():
-                count, best, at = seen.get(key, (0, text, top))
+            for key, (text, place) in self._lines(frame).items():
+                count, best, at = seen.get(key, (0, text, place))
                 seen[key] = count + 1, best, at
         sure = [(at, text) for count, text, at in seen.values() if count >= min(2, len(frames))]
         return tuple(text for _, text in sorted(sure)[:_MAX_TEXTS])
 
-    def _lines(self, frame: np.ndarray) -> dict[str, tuple[str, float]]:
-        """Confident lines of one frame: text and top by what is compared between frames."""
+    def _lines(self, frame: np.ndarray) -> dict[str, tuple[str, tuple[int, float]]]:
+        """Confident lines of one frame: text and place (line, left) by what is compared between frames."""
         found = self._engine(np.ascontiguousarray(frame[..., ::-1]), use_det=True, use_cls=False, use_rec=True)
         if found is None or found.boxes is None or found.txts is None:
             return {}
@@ -64,7 +64,7 @@ class TextReader:
             large = bottom - top >= _MIN_HEIGHT * min(height, width)
             whole = min(left, width - right) > 0.01 * width and min(top, height - bottom) > 0
             if confidence >= self._min_confidence and large and whole and makes_sense(clean):
-                out[re.sub(r"\W", "", clean).casefold()] = clean, float(top)
+                out[re.sub(r"\W", "", clean).casefold()] = clean, (round(top / (0.05 * height)), float(left))
         return out
 
 
@@ -73,6 +73,6 @@ def makes_sense(text: str) -> bool:
     all alike; only scripts that an English caption can quote."""
     signs = [c for c in text if not c.isspace()]
     words = [c for c in signs if c.isalnum()]
-    if not 3 <= len(words) or len(text) > _MAX_LETTERS or len(set(words)) < 2 or not text.isascii():
+    if len(words) < 3 or len(text) > _MAX_LETTERS or len(set(words)) < 2 or not text.isascii():
         return False
     return len(words) >= 0.75 * len(signs)

@@ -13,7 +13,7 @@ from waver_core.captions.facts import CAMERAS
 from waver_core.captions.tracking import Track
 
 WORKING_PX = 192
-"""Short side at which pictures are measured; smaller ones are enlarged, so that all pixel thresholds hold."""
+"""Short side at which pictures are measured; others are resized, so that all pixel thresholds hold."""
 _STEPS_PER_S = 6.0
 _CAMERA_GAIN = 0.88
 """Part of the difference between frames that must be left, at most, once the camera's move is taken away."""
@@ -38,9 +38,10 @@ def look(rgb: np.ndarray, times_s: np.ndarray, flow: FlowEstimator) -> Scene:
     distinct = np.flatnonzero(np.diff(times_s, prepend=-1e9) > 1e-6)
     rgb, times_s = rgb[distinct], times_s[distinct]
     scale = WORKING_PX / min(rgb.shape[1:3])
-    if scale > 1.2:
+    if not 0.8 < scale < 1.2:
         size = round(rgb.shape[2] * scale), round(rgb.shape[1] * scale)
-        rgb = np.stack([cv2.resize(f, size, interpolation=cv2.INTER_CUBIC) for f in rgb])
+        how = cv2.INTER_CUBIC if scale > 1 else cv2.INTER_AREA
+        rgb = np.stack([cv2.resize(f, size, interpolation=how) for f in rgb])
     n, (height, width) = len(rgb), rgb.shape[1:3]
     grey = [cv2.cvtColor(f, cv2.COLOR_RGB2GRAY) for f in rgb]
     fields = flow.flow(rgb)
@@ -133,7 +134,7 @@ def _agreement(flow: np.ndarray, camera: CameraStep) -> float:
 
 
 def camera_fact(scene: Scene, evidence: Evidence, known: str | None) -> str | None:
-    """The camera's move where it is sure and plain to see, else None; known: the motion stage's label, with which it must agree."""
+    """The camera's move where it is sure and plain to see, else None; known: the motion stage's label, which must agree."""
     own = camera_label(scene)
     label = known or ("static" if not evidence.moves else own)
     height, width = scene.rgb.shape[1:3]
@@ -163,5 +164,3 @@ def camera_label(scene: Scene) -> str:
         for s, u in zip((f.camera for f in scene.fitted), unit.tolist(), strict=True)
     ]
     return label_camera(steps, (width, height), CameraRules())
-
-

@@ -13,7 +13,7 @@ _MAX_GAP = 2
 
 
 class Region(NamedTuple):
-    """A connected region in one frame: centre (x, y) and box (left, top, right, bottom) in px, whether the picture's edge cuts it."""
+    """A connected region in one frame: centre (x, y) and box (left, top, right, bottom) in px; `cut` by the picture's edge."""
 
     frame: int
     centre: tuple[float, float]
@@ -31,20 +31,12 @@ class Track:
     colour: str
     regions: list[Region] = field(default_factory=list)
 
-    def full_mask(self, number: int, height: int, width: int) -> np.ndarray:
-        """The mask of one of its regions in the whole frame, bool [H, W]."""
-        region = self.regions[number]
-        out = np.zeros((height, width), bool)
-        left, top, right, bottom = region.box
-        out[top:bottom, left:right] = region.mask
-        return out
-
 
 def regions_of(mask: np.ndarray, frame: int, min_area_px: float, max_area_px: float) -> list[Region]:
-    """Connected regions of a mask [H, W], largest first, after specks are opened away and small holes filled."""
+    """Connected regions of a mask [H, W], largest first, after specks are opened away."""
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (3, 3))
     clean = cv2.morphologyEx(mask.astype(np.uint8), cv2.MORPH_OPEN, kernel)
-    count, labels, stats, centres = cv2.connectedComponentsWithStats(clean)
+    _, labels, stats, centres = cv2.connectedComponentsWithStats(clean)
     height, width = mask.shape
     found = []
     order = 1 + np.argsort(-stats[1:, cv2.CC_STAT_AREA], kind="stable")
@@ -52,20 +44,25 @@ def regions_of(mask: np.ndarray, frame: int, min_area_px: float, max_area_px: fl
         left, top, w, h, area = (int(v) for v in stats[label])
         if not min_area_px <= area <= max_area_px:
             continue
-        inside = _without_specks(labels[top : top + h, left : left + w] == label)
-        moments = cv2.moments(inside.astype(np.uint8), binaryImage=True)
-        centre = (left + moments["m10"] / moments["m00"], top + moments["m01"] / moments["m00"])
+        inside = labels[top : top + h, left : left + w] == label
         cut = left <= 1 or top <= 1 or left + w >= width - 1 or top + h >= height - 1
-        found.append(Region(frame, centre, int(inside.sum()), (left, top, left + w, top + h), cut, inside))
+        centre = float(centres[label][0]), float(centres[label][1])
+        found.append(Region(frame, centre, area, (left, top, left + w, top + h), cut, inside))
     return found
 
 
-def _without_specks(mask: np.ndarray) -> np.ndarray:
-    """Fill holes of under a twelfth of the area (highlights, seams); the hole of a ring stays."""
-    padded = np.pad(~mask, 1, constant_values=True).astype(np.uint8)
+def filled(region: Region) -> Region:
+    """The region with holes of under a twelfth of its area filled (highlights, seams); the hole of a ring stays."""
+    padded = np.pad(~region.mask, 1, constant_values=True).astype(np.uint8)
     count, labels, stats, _ = cv2.connectedComponentsWithStats(padded, connectivity=4)
-    small = [i for i in range(1, count) if i != labels[0, 0] and stats[i, cv2.CC_STAT_AREA] < mask.sum() / 12]
-    return mask | np.isin(labels[1:-1, 1:-1], small) if small else mask
+    small = [i for i in range(1, count) if i != labels[0, 0] and stats[i, cv2.CC_STAT_AREA] < region.area_px / 12]
+    if not small:
+        return region
+    mask = region.mask | np.isin(labels[1:-1, 1:-1], small)
+    moments = cv2.moments(mask.astype(np.uint8), binaryImage=True)
+    area = moments["m00"]
+    centre = region.box[0] + moments["m10"] / area, region.box[1] + moments["m01"] / area
+    return region._replace(centre=centre, area_px=int(area), mask=mask)
 
 
 def link(colour: str, by_frame: list[list[Region]], gate_px: float, stride: int = 1) -> list[Track]:

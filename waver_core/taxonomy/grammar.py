@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-import lemminflect  # type: ignore[import-untyped]
+import lemminflect
 import yaml
 
 ACTIVE, PASSIVE = 1, 2

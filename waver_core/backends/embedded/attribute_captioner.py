@@ -34,7 +34,8 @@ class AttributeCaptioner:
         self._flow: FlowEstimator = create("flow_estimator", "dis")
         self._segmenter: ForegroundSegmenter = create("foreground_segmenter", "residual")
         self._reader = TextReader(min_confidence=min_text_confidence)
-        self.fingerprint = "-".join(["attributes-1", self._flow.fingerprint, self._segmenter.fingerprint, str(read_text), self._reader.fingerprint])
+        parts = (self._flow.fingerprint, self._segmenter.fingerprint, str(read_text), self._reader.fingerprint)
+        self.fingerprint = "-".join(("attributes-1", *parts))
 
     def caption(self, clips: Sequence[ClipView]) -> list[Caption | Exception]:
         """One caption per clip, in order; a clip that cannot be captioned gives the exception that says why."""
@@ -50,6 +51,8 @@ class AttributeCaptioner:
 
     def facts(self, clip: ClipView) -> SceneFacts:
         """What was measured of one clip: what its caption says, for comparison with a prompt (`captions.comparing`)."""
+        if not len(clip.rgb):
+            raise ValueError("the clip has no frames")
         start_s, end_s = _span_s(clip)
         still = clip.row.get("kind") == "image"
         rgb, times_s = (clip.rgb[:1], clip.times_s[:1]) if still else (clip.rgb, clip.times_s)

@@ -18,7 +18,6 @@ import numpy as np
 from waver_core.backends.contracts import ISSUES, ClipView, Quality, TextBox, TextDetector, WatermarkScorer
 from waver_core.backends.embedded.issue_looks import Looks, looks_of
 from waver_core.backends.embedded.issue_motion import Moves, moves_of
-from waver_core.camera import CameraRules, CameraStep, label_camera
 from waver_core.registry import create, register
 from waver_core.tempo import COLUMNS, PREFIX
 
@@ -30,7 +29,7 @@ _FAST_CAMERA_SPEED = 1.2
 
 @register("quality_judge", "issue_detectors")
 class IssueDetectors:
-    """About 40 ms a clip on one core; 25 ms more for each frame that is searched for text."""
+    """About 75 ms a clip on one busy core; 25 ms more for each frame that is searched for text."""
 
     fingerprint = "issue_detectors-1"
     uses = (
@@ -42,9 +41,10 @@ class IssueDetectors:
         "overlay_text_area_ratio",
         "overlay_text_kind",
         "overlay_burned_in_area_ratio",
+        "motion_total_px",
     )
 
-    def __init__(self, text_backend: str | None = "rapidocr", text_frames: int = 2, fast_pace_per_s: float = 1.15) -> None:
+    def __init__(self, text_backend: str | None = "rapidocr", text_frames: int = 2, fast_pace_per_s: float = 1.95) -> None:
         self._text_backend, self._text_frames, self._fast_pace_per_s = text_backend, text_frames, fast_pace_per_s
 
     @cached_property
@@ -74,7 +74,7 @@ class IssueDetectors:
         source = {name: clip.row.get(f"{PREFIX}{name}") for name in COLUMNS}
         issues = _of_looks(looks, source, clip.row) | self._of_overlays(clip)
         if clip.row.get("kind") != "image":
-            issues |= _of_motion(*moves_of(clip.rgb, clip.times_s), source, self._fast_pace_per_s)
+            issues |= _of_motion(moves_of(clip.rgb, clip.times_s), source, self._fast_pace_per_s)
         found = {name: float(issues.get(name, _ABSENT)) for name in ISSUES}
         return Quality(found, _high_quality(found, clip.row.get("aesthetic_score")))
 
@@ -130,7 +130,7 @@ def _burned_in_ratio(row: Mapping[str, Any]) -> float | None:
 def _like_a_watermark(left: float, top: float, right: float, bottom: float) -> bool:
     """Whether a box (shares of the picture) is small and in a corner, where titles and subtitles are not."""
     x, y = (left + right) / 2, (top + bottom) / 2
-    return abs(x - 0.5) > 0.12 and abs(y - 0.5) > 0.22 and (right - left) * (bottom - top) < 0.05
+    return abs(x - 0.5) > 0.12 and abs(y - 0.5) > 0.22 and (right - left) * (bottom - top) < 0.09
 
 
 def _of_looks(looks: Looks, source: Mapping[str, float | None], row: Mapping[str, Any]) -> dict[str, float]:
@@ -149,20 +149,21 @@ def _of_looks(looks: Looks, source: Mapping[str, float | None], row: Mapping[str
     dark = _chance(-looks.high_luma, -62.0, 10.0)
     return {
         "low_visual_quality": noise,
-        "black_border": _chance(looks.border_ratio if border is None else min(float(border), looks.border_ratio), 0.02, 0.008),
+        # Of a black frame nobody can say where the picture begins.
+        "black_border": min(
+            1 - dark, _chance(looks.border_ratio if border is None else min(float(border), looks.border_ratio), 0.02, 0.008)
+        ),
         "overexposed": min(_chance(looks.clipped_ratio, 0.2, 0.05), _chance(looks.half_clipped_ratio, 0.028, 0.008)),
         "dark_or_blurry": 1 - (1 - blurry) * (1 - dark),
         "color_imbalance": _chance(looks.light_saturation, 0.39, 0.03),
     }
 
 
-def _of_motion(
-    moves: Moves, steps: list[CameraStep], source: Mapping[str, float | None], fast_pace_per_s: float
-) -> dict[str, float]:
+def _of_motion(moves: Moves, source: Mapping[str, float | None], fast_pace_per_s: float) -> dict[str, float]:
     """Tempo, steadiness, and where the subject is.
 
     `slow_motion` and stutter need the full-rate columns; a high-speed camera's slow motion leaves no trace in them.
-    `fast_motion` is a subject that covers more than its own length in a second, sustained, or a camera that sweeps over
+    `fast_motion` is a subject that covers twice its own length in a second, sustained, or a camera that sweeps over
     more than the picture's short side. That is speed alone: nothing tells footage that was sped up from action as fast, and
     the middle of the curve is where filmed action smears, so moderately sped-up footage passes.
     `perspective_change` is a jump within the clip, be it a cut that was missed. `image_animation` is a picture that one
@@ -174,7 +175,7 @@ def _of_motion(
     camera_speed = moves.camera_speed if camera_speed is None else camera_speed
     fast = max(pace / fast_pace_per_s, camera_speed / _FAST_CAMERA_SPEED)
     if source["shake_short_sides"] is None:
-        shake = 0.7 if label_camera(steps, (1, 1), CameraRules()) == "shake" else _ABSENT
+        shake = 0.7 if moves.shaky else _ABSENT
     else:
         shake = _chance(np.log(max(source["shake_short_sides"], 1e-4)), np.log(0.009), 0.25)
     stutter = _chance(source["freeze_ratio"] or 0.0, 0.12, 0.04)

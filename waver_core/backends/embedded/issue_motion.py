@@ -13,7 +13,7 @@ import numpy as np
 
 from waver_core.backends.embedded.dis_flow import DisFlow
 from waver_core.backends.embedded.residual_mask import ResidualMask
-from waver_core.camera import CameraStep, drop_explained, fit_step
+from waver_core.camera import CameraRules, drop_explained, fit_step, label_camera
 
 _MAX_PAIRS = 12
 _BLOCK_PX = 16
@@ -32,17 +32,17 @@ class Moves(NamedTuple):
     """Share of the picture that moves by itself."""
     unexplained: float = 0.0
     """Part of the picture's change that the camera model leaves, 0 to 1, in the tenth of the blocks where it leaves most."""
-    change_levels: float = 0.0
-    """Mean change between two frames, 8-bit levels: how much there is to explain."""
     cut_off_ratio: float = 0.0
     """Share of the pairs with a subject in which the picture's left, right or top edge cuts through it."""
+    shaky: bool = False
+    """Whether the camera's steps go back and forth, as far as six a second show it."""
 
 
-def moves_of(frames: np.ndarray, times_s: np.ndarray) -> tuple[Moves, list[CameraStep]]:
-    """uint8 [T, H, W, 3] at times [T] in seconds -> measures, and the camera's steps per second in short sides."""
+def moves_of(frames: np.ndarray, times_s: np.ndarray) -> Moves:
+    """uint8 [T, H, W, 3] at times [T] in seconds -> measures."""
     pairs = [t for t in range(len(frames) - 1) if times_s[t + 1] - times_s[t] > 1e-3]
     if not pairs:
-        return Moves(), []
+        return Moves()
     picked = [pairs[i] for i in np.unique(np.linspace(0, len(pairs) - 1, min(_MAX_PAIRS, len(pairs))).round().astype(int))]
     flow, segmenter = DisFlow(), ResidualMask()
     side = min(frames.shape[1:3])
@@ -57,26 +57,23 @@ def moves_of(frames: np.ndarray, times_s: np.ndarray) -> tuple[Moves, list[Camer
         mask = drop_explained(mask, first, second, fitted.affine)
         steps.append(fitted.camera)
         back, inside = _moved_back(second, fitted.affine)
-        unexplained, change = _explained(first, second, back, inside)
+        unexplained = _explained(first, second, back, inside)
         core = fitted.residual_px[mask]
         speed = float(core[core >= 0.5 * np.percentile(core, 90)].mean()) * rate if core.size else 0.0
         camera = float(np.median(np.hypot(*_camera_field(fitted.affine, field.shape[:2])))) * rate
-        rows.append(
-            (speed, camera, float(mask.mean()), unexplained, change, _cut_off(mask, (cv2.absdiff(first, back) > 14) & inside))
-        )
-    speed, pace, camera, ratio, unexplained, change, cut = np.array(rows).T
-    seen = ~np.isnan(cut)
-    return (
-        Moves(
-            float(np.median(speed)),
-            float(np.median(pace)),
-            float(np.median(camera)),
-            float(ratio.mean()),
-            float(np.median(unexplained)),
-            float(change.mean()),
-            float(cut[seen].mean() * min(1.0, seen.mean() / 0.5)) if seen.any() else 0.0,
-        ),
-        steps,
+        pace = speed * side / float(np.sqrt(4.0 * max(1, int(mask.sum()))))  # the mask has half the frame's size
+        cut = _cut_off(mask, (cv2.absdiff(first, back) > 14) & inside)
+        rows.append((speed, pace, camera, float(mask.mean()), unexplained, cut))
+    speeds, paces, cameras, ratios, unexplained_parts, cuts = np.array(rows).T
+    seen = ~np.isnan(cuts)
+    return Moves(
+        float(np.median(speeds)),
+        float(np.median(paces)),
+        float(np.median(cameras)),
+        float(ratios.mean()),
+        float(np.median(unexplained_parts)),
+        float(cuts[seen].mean() * min(1.0, seen.mean() / 0.5)) if seen.any() else 0.0,
+        label_camera(steps, (frames.shape[2], frames.shape[1]), CameraRules()) == "shake",
     )
 
 
@@ -101,18 +98,18 @@ def _moved_back(second: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.
     return back, cv2.warpAffine(np.full_like(second, 255), moved, (width, height), flags=flags) > 250
 
 
-def _explained(first: np.ndarray, second: np.ndarray, back: np.ndarray, inside: np.ndarray) -> tuple[float, float]:
-    """How much of the change between two frames remains once the second is moved back, and the mean change in levels."""
+def _explained(first: np.ndarray, second: np.ndarray, back: np.ndarray, inside: np.ndarray) -> float:
+    """How much of the change between two frames remains once the second is moved back, 0 to 1, where it is worst."""
     height, width = first.shape
     grid = (max(1, width // _BLOCK_PX), max(1, height // _BLOCK_PX))
     covered = cv2.resize(inside.astype(np.float32), grid, interpolation=cv2.INTER_AREA) > 0.99
     if covered.sum() < 4:
-        return 1.0, 0.0
+        return 1.0
     left, change = (
         cv2.resize(cv2.absdiff(first, f).astype(np.float32), grid, interpolation=cv2.INTER_AREA)[covered] for f in (back, second)
     )
     worst = float(np.sort(left)[-max(1, len(left) // 10) :].mean())
-    return min(1.0, worst / max(float(change.mean()), 1.0)), float(change.mean())
+    return min(1.0, worst / max(float(change.mean()), 1.0))
 
 
 def _cut_off(mask: np.ndarray, differs: np.ndarray) -> float:
@@ -138,7 +135,7 @@ def _cut_off(mask: np.ndarray, differs: np.ndarray) -> float:
 
 def _touches_first_column(inside: np.ndarray, differs: np.ndarray) -> bool:
     """Whether a region [h, w] meets its first columns over most of its height, and pixels [2 h, 2 w] change there."""
-    rows = np.flatnonzero(inside.any(axis=1))
-    contact = inside[:, :3].any(axis=1).sum() / len(rows)
-    rim = differs[2 * rows[0] : 2 * rows[-1] + 2, :2].any(axis=1)
-    return bool(contact > 0.55 and rim.sum() >= max(4, 0.08 * len(rim)))
+    rows = np.flatnonzero(inside.max(axis=1))
+    contact = np.count_nonzero(inside[:, :3].max(axis=1)) / len(rows)
+    rim = differs[2 * rows[0] : 2 * rows[-1] + 2, :2].max(axis=1)
+    return bool(contact > 0.55 and np.count_nonzero(rim) >= max(4, 0.08 * len(rim)))
