@@ -259,7 +259,7 @@ def main(
             common.console().print(f"{Path(row['source_uri']).name} {row['start_s']:.1f}-{row['end_s']:.1f} s: {said}")
         return
     before = common.machine()
-    figures: dict[str, Any] = {"clips": clips, "tiny": tiny, "seed": seed}
+    figures: dict[str, Any] = {"clips": clips, "tiny_clips": tiny, "seed": seed}
     collections = {"rendered": scenes(clips, seed), "tiny": tiny_scenes(tiny, seed)}
     for name, made in collections.items():
         paths = [str(p) for p in common.rendered(made, work, jobs)] if name == "rendered" else [""] * len(made)

@@ -1,27 +1,42 @@
-"""Action labels of synthetic captions: captions a second of the embedded labeler in one process, and its memory.
+"""Labels and balance of synthetic captions: rate and memory of the embedded labeler in one process, and of the funnel's own
+steps on Ray Data: the label pass, then the counts and the weights of a balanced tier.
 
 The captions are made from templates and the taxonomy, always the same ones for a number and a seed: one to five sentences
 about a place, a person or a thing, its looks, the light and the camera; four in five tell an action of the taxonomy, at
 times as "while" the beginning of another, the rest none. About 60 words on average.
 
-    python benchmarks/labels.py --captions 200000
+    python benchmarks/labels.py --captions 1000000
 """
 
 from __future__ import annotations
 
+import json
 import random
 import resource
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Annotated, Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import typer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
+from curation.balance import KEYS, group_weights
+from curation.executor import OnRay, connect
+from curation.llm_pass import units_of_clips
+from curation.passes import later_passes
+from curation.stage import load_stages
+from curation.text_pass import TextPass
+from curation.workfolder import WorkFolder
 from waver_core.backends.contracts import NO_ACTION
+from waver_core.config import load_config
+from waver_core.manifest import publish, read_index
 from waver_core.registry import create
 from waver_core.taxonomy import load_taxonomy
 
@@ -108,11 +123,80 @@ def measure(count: int, batch: int = 1024) -> dict[str, Any]:
     }
 
 
+def run_on_ray(folder: str, count: int) -> None:
+    """Label `count` captions and weigh a tier on Ray Data with the funnel's own code; prints the figures as JSON.
+
+    Run in a process of its own, so that its memory and its workers' can be followed.
+    """
+    config = load_config()
+    stages = load_stages(config)
+    part = next(p for p in later_passes(config, stages) if p.name == "label")
+    work = WorkFolder(folder, {"shots": "bench", "label": part.key}, "bench")
+    work.prepare()
+    clips = pa.table(
+        {
+            "clip_id": [f"00000000-0000-5000-8000-{k:012d}" for k in range(count)],
+            "caption": captions(count),
+            "dataset": [f"set-{k % 97 % 5}" for k in range(count)],
+            "reason_ct": pa.array([None if k % 10 else "text" for k in range(count)], pa.string()),
+        }
+    )
+    execute = OnRay()
+    connect()
+    started = time.perf_counter()
+    resources = config.funnel.resources("label")
+    units = units_of_clips(clips.select(["clip_id", "caption"]), part)
+    done = sum(row["rows"] for row in execute.run(TextPass, (config, work, "label"), units, resources))
+    labelled = time.perf_counter()
+    labels, _ = work.read("label", part.schema(stages))
+    at = pc.index_in(clips["clip_id"], labels["clip_id"].combine_chunks()).combine_chunks()
+    joined = clips.drop_columns(["caption"])
+    for name in ("label_1", "label_2", "label_3"):
+        joined = joined.append_column(name, labels[name].take(at))
+    publish(f"{folder}/clips", joined, rows_per_shard=100_000, facts={})
+    published = time.perf_counter()
+    uris = [f"{folder}/clips/{name}" for name in read_index(f"{folder}/clips")["shards"]]
+    groups = execute.count(uris, KEYS, {"ct": "reason_ct"})
+    weights = group_weights(groups, groups["ct"].to_numpy(), stages.named("balance").options)
+    weighed = time.perf_counter()
+    drawn = groups["ct"].to_numpy() * weights
+    figures = {
+        "captions": done,
+        "label_s": labelled - started,
+        "captions_per_s": done / (labelled - started),
+        "join_s": published - labelled,
+        "balance_s": weighed - published,
+        "rows_per_s": done / (weighed - published),
+        "groups": len(groups),
+        "mean_weight": float(drawn.sum() / groups["ct"].to_numpy().sum()),
+        "largest_weight": float(weights.max()),
+    }
+    print(json.dumps(figures))
+
+
+def measure_on_ray(count: int) -> dict[str, Any]:
+    """`run_on_ray` in a child process, with the memory of it and all its workers."""
+    with tempfile.TemporaryDirectory() as folder, common.Usage(memory=True) as usage:
+        call = f"from benchmarks.labels import run_on_ray; run_on_ray({folder!r}, {count})"
+        done = subprocess.run([sys.executable, "-c", call], cwd=common.ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"labelling on Ray failed:\n{done.stderr[-3000:]}")
+    figures: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return {**figures, **usage.figures()}
+
+
 @app.command()
-def main(count: Annotated[int, typer.Option("--captions", help="Captions to label.", min=1)] = 200_000) -> None:
-    """Captions labelled a second in one process, and its peak memory."""
-    figures = measure(count)
-    common.print_table("one process", tuple(figures), [tuple(figures.values())], left=())
+def main(
+    count: Annotated[int, typer.Option("--captions", help="Captions to label on Ray Data.", min=1)] = 1_000_000,
+    single: Annotated[int, typer.Option(help="Captions to label in one process.", min=1)] = 100_000,
+    save: common.Save = False,
+) -> None:
+    """Captions labelled and balanced a second, and the memory that takes."""
+    before = common.machine()
+    figures = {"one_process": measure(single), "ray_data": measure_on_ray(count)}
+    for name, found in figures.items():
+        common.print_table(name, ("figure", "value"), list(found.items()))
+    common.finish("labels", figures, save, before)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.fs
 from fsspec.core import url_to_fs
 
-from curation.serial import Factory, Row, Worker, members
+from curation.serial import Factory, Row, Worker, added_up
 from waver_core.config import Llm, Pass
 from waver_core.errors import BackendUnavailable, RunFailed, UserError
 from waver_core.storage import is_local, local_path
@@ -106,7 +106,7 @@ class OnRay:
         yield from _rows(results)
 
     def count(self, uris: Sequence[str], keys: Sequence[str], memberships: dict[str, str]) -> pa.Table:
-        """See `curation.serial.Executor`: a read, a projection and a group-by of Ray Data; only sums come back."""
+        """See `curation.serial.Executor`: every block is added up where it lies, then Ray Data groups what is left."""
         connect()
         import ray.data
         from ray.data.aggregate import Sum
@@ -116,8 +116,8 @@ class OnRay:
         dataset = ray.data.read_parquet(paths, filesystem=_filesystem(uris[0])).select_columns(columns)
         added = [Sum(name, alias_name=name) for name in ("rows", *memberships)]
         counted = (
-            dataset.map_batches(members, fn_args=(list(keys), memberships), batch_format="pyarrow", batch_size=None)
-            .groupby(list(keys))
+            dataset.map_batches(added_up, fn_args=(list(keys), memberships), batch_format="pyarrow", batch_size=None)
+            .groupby(list(keys), num_partitions=max(1, min(len(uris), 200)))
             .aggregate(*added)
         )
         tables = [ray.get(r) for r in counted.to_arrow_refs()]

@@ -62,17 +62,17 @@ class Serial:
     def count(self, uris: Sequence[str], keys: Sequence[str], memberships: dict[str, str]) -> pa.Table:
         """See `Executor`."""
         schema = pa.schema([(name, pa.string()) for name in dict.fromkeys([*keys, *memberships.values()])])
-        grouped = members(read_tables(uris, schema), keys, memberships).group_by(list(keys))
-        summed = grouped.aggregate([(n, "sum") for n in ("rows", *memberships)])
-        plain = summed.rename_columns([n.removesuffix("_sum") for n in summed.column_names])
-        return plain.select([*keys, "rows", *memberships])
+        return added_up(read_tables(uris, schema), keys, memberships)
 
 
-def members(table: pa.Table, keys: Sequence[str], memberships: dict[str, str]) -> pa.Table:
-    """Keys without nulls, and 1 or 0 for every membership: what is left to do is adding up."""
+def added_up(table: pa.Table, keys: Sequence[str], memberships: dict[str, str]) -> pa.Table:
+    """One row per group: keys without nulls, `rows`, and for every membership how many of them are members."""
     columns = {key: pc.fill_null(table[key], "none") for key in keys}
-    ones = {"rows": pa.array([1] * len(table), pa.int64())}
-    return pa.table({**columns, **ones, **{name: pc.cast(pc.is_null(table[c]), pa.int64()) for name, c in memberships.items()}})
+    ones = {name: pc.cast(pc.is_null(table[c]), pa.int64()) for name, c in memberships.items()}
+    grouped = pa.table({**columns, "rows": pa.array([1] * len(table), pa.int64()), **ones}).group_by(list(keys))
+    summed = grouped.aggregate([(n, "sum") for n in ("rows", *memberships)])
+    plain = summed.rename_columns([n.removesuffix("_sum") for n in summed.column_names])
+    return plain.select([*keys, "rows", *memberships])
 
 
 def units_of(items: Sequence[Row], size: int) -> list[pa.Table]:

@@ -80,7 +80,8 @@ def name_of_lab(lab: np.ndarray) -> str:
     chroma, hue = float(np.hypot(a, b)), float(np.degrees(np.arctan2(b, a)) % 360)
     if lightness < 18 and chroma < 16:
         return "black"
-    if chroma < 8 or (lightness < 30 and chroma < 10):
+    pale = lightness > 60 and chroma < 13 and 100 <= hue < 200  # clouds and haze have a tinge of green that no one names
+    if chroma < 8 or pale or (lightness < 30 and chroma < 10):
         return "white" if lightness > 85 else "grey" if lightness > 20 else "black"
     if 45 <= hue < 112 and chroma < 34 and lightness > 64:
         return "beige"
