@@ -27,7 +27,7 @@ import typer
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
-from curation.balance import KEYS, group_weights
+from curation.balance import KEYS, SUBJECT_FIRST, group_weights
 from curation.executor import OnRay, connect
 from curation.llm_pass import units_of_clips
 from curation.passes import later_passes
@@ -41,8 +41,6 @@ from waver_core.registry import create
 from waver_core.taxonomy import load_taxonomy
 
 NO_ACTION_SHARE = 0.2
-_THINGS = ("Animals", "Vehicles, Objects and Nature")
-"""Classes whose labels begin with a subject."""
 _PEOPLE = ("a young woman with long dark hair", "an old man in a grey coat", "a boy in a striped shirt", "two friends", "a woman")
 _PLACES = (
     "in a sunlit park",
@@ -77,7 +75,7 @@ app = common.new_app()
 def captions(count: int, seed: int = 7) -> list[str]:
     """`count` captions, the same for the same seed."""
     rng = random.Random(seed)
-    labels = [(path.level1 in _THINGS, path.level3) for path in load_taxonomy()]
+    labels = [(path.level1 in SUBJECT_FIRST, path.level3) for path in load_taxonomy()]
     return [_caption(rng, labels) for _ in range(count)]
 
 

@@ -22,6 +22,8 @@ from waver_core.taxonomy import load_taxonomy
 
 KEYS = ("label_1", "label_2", "label_3", "dataset")
 NONE = "none"
+SUBJECT_FIRST = ("Animals", "Vehicles, Objects and Nature")
+"""First-level classes whose labels name who or what acts."""
 REQUEST_SCHEMA = pa.schema(
     [
         ("tier", pa.string()),
@@ -151,19 +153,33 @@ def _requests(tier: str, balance: Balance, clips: pa.Table, options: Any) -> lis
             for i, label in enumerate(rarest):
                 place = {"tier": tier, "label_1": first, "label_2": second, "label_3": label}
                 each = wanted // len(rarest) + (i < wanted % len(rarest))
-                requests.append({**place, "clips_wanted": each, "share": have / total, **_seed(kept, label)})
+                requests.append({**place, "clips_wanted": each, "share": have / total, **_prompt(kept, place)})
     return requests
 
 
-def _seed(kept: pa.Table, label: str) -> dict[str, Any]:
-    """A prompt, and the best looking clip of the tier with this label, whose first frame is one to start from."""
-    same = kept.filter(pc.equal(kept["label_3"], label))
+def _prompt(kept: pa.Table, place: dict[str, str]) -> dict[str, Any]:
+    """A prompt, and a picture to start from: the first frame of the best looking clip of the tier with this label, whose
+    caption is then the prompt, or else of its second-level class. Neither is there for what the tier lacks altogether."""
+    best = _best(kept, "label_3", place["label_3"])
+    prompt = best["caption"] if best else _sentence(place)
+    best = best or _best(kept, "label_2", place["label_2"])
+    seed = {"seed_clip_id": best["clip_id"], "seed_uri": best["source_uri"], "seed_time_s": best["start_s"]} if best else {}
+    return {"prompt": prompt, **seed}
+
+
+def _best(kept: pa.Table, column: str, label: str) -> dict[str, Any] | None:
+    same = kept.filter(pc.equal(kept[column], label))
     if not len(same):
-        return {"prompt": label[0].upper() + label[1:] + "."}
+        return None
     order = pc.sort_indices(same, [("aesthetic_score", "descending"), ("clip_id", "ascending")])
-    best = same.take(order[:1]).to_pylist()[0]
-    seed = {"seed_clip_id": best["clip_id"], "seed_uri": best["source_uri"], "seed_time_s": best["start_s"]}
-    return {"prompt": best["caption"], **seed}
+    row: dict[str, Any] = same.take(order[:1]).to_pylist()[0]
+    return row
+
+
+def _sentence(place: dict[str, str]) -> str:
+    """A label as a prompt. Those of people begin with the verb and want a subject; "dog fetching a stick" has its own."""
+    label = place["label_3"]
+    return f"{label[0].upper()}{label[1:]}." if place["label_1"] in SUBJECT_FIRST else f"A person {label}."
 
 
 def _joined(table: pa.Table) -> pa.ChunkedArray:

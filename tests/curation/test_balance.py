@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curation.balance import KEYS, REQUEST_SCHEMA, Balance, _requests, group_weights
+from curation.balance import KEYS, REQUEST_SCHEMA, SUBJECT_FIRST, Balance, _requests, _sentence, group_weights
 from curation.executor import OnRay
 from curation.serial import Serial
 from waver_core.taxonomy import load_taxonomy
@@ -125,6 +125,7 @@ def test_what_a_tier_lacks_is_asked_for_with_a_seed_where_there_is_one() -> None
             "clip_id": ["a", "b"],
             "source_uri": ["dull.mp4", "fine.mp4"],
             "start_s": [0.0, 4.0],
+            "label_2": [path.level2] * 2,
             "label_3": [path.level3] * 2,
             "caption": ["Dull.", "Fine."],
             "aesthetic_score": [4.0, 6.0],
@@ -140,10 +141,16 @@ def test_what_a_tier_lacks_is_asked_for_with_a_seed_where_there_is_one() -> None
     assert sum(r["clips_wanted"] for r in own) == 19  # 0.2 % of 10,000, less the one that is there
     assert sum(r["clips_wanted"] for r in rows if r["label_2"] == rows[-1]["label_2"]) == 20
     assert path.level3 not in {r["label_3"] for r in own}  # the labels it has none of come first
+    # What the tier lacks may still start from a picture of the same class, with a prompt of its own.
+    assert {r["seed_uri"] for r in own} == {"fine.mp4"} and "Fine." not in {r["prompt"] for r in own}
+    assert not any(r.get("seed_uri") for r in rows if r["label_2"] != path.level2)
     options.prompts_per_class = 1000
-    seeded = [r for r in _requests("ct", Balance(groups, {"ct": np.ones(2)}), clips, options) if r.get("seed_uri")]
-    # 19 prompts are wanted and the class has more labels than that, so the one that is there needs none.
-    assert seeded == []
     groups = groups.set_column(4, "ct", pa.array([1, 99_999]))
-    seeded = [r for r in _requests("ct", Balance(groups, {"ct": np.ones(2)}), clips, options) if r.get("seed_uri")]
-    assert [(r["prompt"], r["seed_uri"], r["seed_time_s"]) for r in seeded] == [("Fine.", "fine.mp4", 4.0)]
+    many = _requests("ct", Balance(groups, {"ct": np.ones(2)}), clips, options)
+    assert [r["prompt"] for r in many if r["label_3"] == path.level3] == ["Fine."]
+
+
+def test_labels_become_prompts() -> None:
+    assert _sentence({"label_1": "Ball Sports", "label_3": "dribbling a basketball"}) == "A person dribbling a basketball."
+    assert _sentence({"label_1": "Animals", "label_3": "dog fetching a stick"}) == "Dog fetching a stick."
+    assert set(SUBJECT_FIRST) <= set(load_taxonomy().tree)
