@@ -18,11 +18,12 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from curation.backend_check import Need, Verdict, check, needs_of
+from curation.command_line import ConfigPath, Profiles, Sets, new_console
+from curation.command_line import run as run_command_line
 from curation.stage import load_stages
 from waver_core.checkpoints import Checkpoint, models_folder
 from waver_core.config import Config, load_config
@@ -30,10 +31,6 @@ from waver_core.errors import UserError
 from waver_core.fetching import FetchFailed, distinct, fetch, known_checkpoint, require_space, state_of
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True)
-
-ConfigPath = Annotated[str | None, typer.Option("--config", help="Configuration file (default: pipelines.yaml).")]
-Profiles = Annotated[list[str] | None, typer.Option("--profile", help="Profile to merge in; repeat for several, in order.")]
-Sets = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Override one setting; repeat for several.")]
 
 
 class NotReady(UserError):
@@ -57,7 +54,7 @@ def list_(config: ConfigPath = None, profile: Profiles = None, set_: Sets = None
         for c in need.checkpoints:
             size, gated = f"{c.size_mb:,}" if c.size_mb is not None else "?", "yes" if c.gated else "no"
             table.add_row(*use, c.repo, c.exact_revision[:12], size, escape(c.licence), gated, state_of(c), packages)
-    console = _console()
+    console = new_console(200)
     console.print(table)
     wanted = distinct(c for n in needs for c in n.checkpoints)
     absent = [c for c in wanted if state_of(c) != "present"]
@@ -75,7 +72,7 @@ def fetch_(
     revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit, with --checkpoint.")] = None,
 ) -> None:
     """Download what a profile needs and is not in the models folder. Run it again to go on where it stopped."""
-    console = _console()
+    console = new_console(200)
     if checkpoint is not None:
         wanted = [known_checkpoint(checkpoint, revision)]
         asked = shlex.join(["--checkpoint", checkpoint, *(["--revision", revision] if revision else [])])
@@ -113,7 +110,7 @@ def check_(
 ) -> None:
     """Load every backend of a profile and let it answer on one rendered clip; tells of all that would fail in a run."""
     settings = load_config(config, profile or [], set_ or [])
-    console = _console()
+    console = new_console(200)
     verdicts = check(settings, _needs(settings), timeout, lambda verdict: console.out(_progress(verdict)))
     table = _table("stage", "capability", "backend", "seconds", "memory MB", "GPU MB", "result")
     for v in verdicts:
@@ -179,19 +176,5 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _console() -> Console:
-    """The terminal, or a log wide enough for the tables."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
-
-
-def main() -> None:
-    """Run the command line; a `UserError` becomes one line and its exit code."""
-    try:
-        app()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-
-
 if __name__ == "__main__":
-    main()
+    run_command_line(app)

@@ -15,9 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from curation.command_line import ConfigPath, Profiles, Sets, new_console
+from curation.command_line import run as run_command_line
 from curation.gates import tier_gates
 from curation.selection import preview as preview_tiers
 from curation.stage import load_stages
@@ -29,9 +30,6 @@ from waver_core.telemetry import duration_text
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
 Output = Annotated[str, typer.Option("--output", help="Folder or URL for manifests, report and work files.")]
-ConfigPath = Annotated[str | None, typer.Option("--config", help="Configuration file (default: pipelines.yaml).")]
-Profiles = Annotated[list[str] | None, typer.Option("--profile", help="Profile to merge in; repeat for several, in order.")]
-Sets = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=VALUE", help="Override one setting; repeat for several.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -52,7 +50,7 @@ def run(
     from curation.funnel import run_funnel
     from curation.serial import Executor, Serial
 
-    console = _console()
+    console = new_console()
     settings = load_config(config, profile or [], set_ or [])
     tier_gates(settings, load_stages(settings))  # configuration errors come before a cluster is started
     source, target = (str(Path(local_path(uri)).resolve()) if is_local(uri) else uri for uri in (input_uri, output))
@@ -85,7 +83,7 @@ def preview(output: Output, config: ConfigPath = None, profile: Profiles = None,
         clips = [c.clips if c else 0 for c in (old, new)]
         hours = [duration_text((c.hours if c else 0.0) * 3600) for c in (old, new)]
         table.add_row(tier, f"{clips[0]:,}", f"{clips[1]:,}", f"{clips[1] - clips[0]:+,}", *hours)
-    console = _console()
+    console = new_console()
     console.print(table)
     if result.unscored:
         console.print(
@@ -93,19 +91,5 @@ def preview(output: Output, config: ConfigPath = None, profile: Profiles = None,
         )
 
 
-def _console() -> Console:
-    """The terminal, or a log wide enough for the tables."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 150)
-
-
-def main() -> None:
-    """Run the command line; a `UserError` becomes one line and its exit code."""
-    try:
-        app()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-
-
 if __name__ == "__main__":
-    main()
+    run_command_line(app)

@@ -147,10 +147,18 @@ class Stage:
 
     def score(self, media: ClipMedia) -> Row:
         """Hook `clip`: its columns for one clip. What it raises becomes the row's `<stage>_error`."""
-        raise TypeError(f"stage {self.name} scores no clips")
+        if type(self).score_many is Stage.score_many:
+            raise TypeError(f"stage {self.name} scores no clips")
+        found = self.score_many([media])[0]
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     def score_many(self, media: Sequence[ClipMedia]) -> list[Row | Exception]:
-        """Hook `clip` for models that want a batch: columns, or what went wrong, for every clip in the order given."""
+        """Hook `clip` for models that want a batch: columns, or what went wrong, for every clip in the order given.
+
+        A stage has this or `score`; each is made of the other where it is missing.
+        """
         out: list[Row | Exception] = []
         for one in media:
             try:

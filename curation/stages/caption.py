@@ -69,13 +69,6 @@ class Stage(stage.Stage):
         o = self.options
         return (FrameRequest(o.short_side_px, fps=o.fps), FrameRequest(o.text_short_side_px, count=o.text_frames))
 
-    def score(self, media: ClipMedia) -> Row:
-        """Caption columns of one clip; raises what the backend gives for a clip that it cannot caption."""
-        found = self.score_many([media])[0]
-        if isinstance(found, Exception):
-            raise found
-        return found
-
     def score_many(self, media: Sequence[ClipMedia]) -> list[Row | Exception]:
         """Caption columns, or what the backend gives in their place, for every clip."""
         dense, large = self.requests()

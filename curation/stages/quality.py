@@ -86,13 +86,6 @@ class Stage(stage.Stage):
         """A watcher that compares every frame with those before it."""
         return TempoWatcher(source)
 
-    def score(self, media: ClipMedia) -> Row:
-        """The judge's probabilities for one clip; raises what the judge gives in their place."""
-        found = self.score_many([media])[0]
-        if isinstance(found, Exception):
-            raise found
-        return found
-
     def score_many(self, media: Sequence[ClipMedia]) -> list[Row | Exception]:
         """The judge's probabilities, or what it gives in their place, for every clip."""
         request = self.requests()[0]

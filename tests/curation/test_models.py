@@ -54,7 +54,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
         capfd.readouterr()
         monkeypatch.setattr(sys, "argv", ["models.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as caught:
-            models.main()
+            run(models.app)
         out, err = capfd.readouterr()
         return int(caught.value.code or 0), out, err
 
