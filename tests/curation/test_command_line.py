@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from curation import run_funnel
+from curation import command_line, run_funnel
 from waver_core.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,7 +23,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["run_funnel.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as caught:
-            run_funnel.main()
+            command_line.run(run_funnel.app)
         out, err = capsys.readouterr()
         return int(caught.value.code or 0), out, err
 

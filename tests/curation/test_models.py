@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from curation import backend_check, models
+from curation import backend_check, command_line, models
 from curation.stage import ClipMedia, FrameRequest, Row, Stage, load_stages
 from waver_core import fetching
 from waver_core.checkpoints import FETCHED_NAME, Checkpoint
@@ -54,7 +54,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
         capfd.readouterr()
         monkeypatch.setattr(sys, "argv", ["models.py", *map(str, arguments)])
         with pytest.raises(SystemExit) as caught:
-            run(models.app)
+            command_line.run(models.app)
         out, err = capfd.readouterr()
         return int(caught.value.code or 0), out, err
 
