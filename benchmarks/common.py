@@ -258,6 +258,7 @@ def config_file(path: Path, *, tiers: dict[str, Any] | None = None) -> Path:
     raw = yaml.safe_load(DEFAULT_PATH.read_text())
     if tiers is not None:
         raw |= {"tiers": tiers, "profiles": {}}
+        raw["funnel"]["stages"]["balance"]["tiers"] = []
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(raw, sort_keys=False))
     return path

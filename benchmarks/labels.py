@@ -144,7 +144,7 @@ def run_on_ray(folder: str, count: int) -> None:
     started = time.perf_counter()
     resources = config.funnel.resources("label")
     units = units_of_clips(clips.select(["clip_id", "caption"]), part)
-    done = sum(row["rows"] for row in execute.run(TextPass, (config, work, "label"), units, resources))
+    done = sum(row["items"] for row in execute.run(TextPass, (config, work, "label"), units, resources))
     labelled = time.perf_counter()
     labels, _ = work.read("label", part.schema(stages))
     at = pc.index_in(clips["clip_id"], labels["clip_id"].combine_chunks()).combine_chunks()

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, get_args
 
 import pyarrow as pa
 
-from curation.scores_pass import sample_clips, score_together
+from curation.scores_pass import isolated, sample_clips
 from curation.shots_pass import small_frame
 from curation.stage import BackendUse, Row, SourceFacts, Stage, StageSet, StreamFrame, load_stages
 from waver_core.checkpoints import Checkpoint
@@ -211,7 +211,7 @@ def ask(stage: Stage, clip: str, schema: pa.Schema) -> Row:
     if "clip" in stage.hooks:
         with open_video(clip) as video:
             media = list(sample_clips(video, [row | found], list(stage.requests())))
-        found |= _only(score_together(stage, media))
+        found |= _only(isolated(stage.score_many, media))
     if "text" in stage.hooks:
         found |= _only(stage.annotate([row]))
     written = rows_to_table([found], schema).to_pylist()[0]

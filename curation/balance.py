@@ -73,7 +73,7 @@ def balance_tiers(output: str, clips: pa.Table, tiers: list[str], stages: StageS
     folder = join(output, "clips")
     uris = [join(folder, name) for name in read_index(folder)["shards"]]
     groups = execute.count(uris, KEYS, {tier: f"reason_{tier}" for tier in tiers}).sort_by([(k, "ascending") for k in KEYS])
-    chosen = [t for t in options.tiers if t in tiers]
+    chosen = list(options.tiers)
     balance = Balance(groups, {tier: group_weights(groups, groups[tier].to_numpy(), options) for tier in chosen})
     rows = [row for tier in chosen for row in _requests(tier, balance, clips, options)]
     rows.sort(key=lambda r: (r["share"], r["tier"], r["label_2"]))

@@ -9,6 +9,7 @@ import importlib.util
 import json
 import logging
 import os
+import re
 import secrets
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -45,6 +46,13 @@ class _Actor:
         except UserError as error:  # Ray would wrap it until nobody knows it: hand it over as a row
             return pa.table({_STOP: [str(error)]})
         return pa.Table.from_pylist(rows)
+
+
+class _AskingActor(_Actor):
+    """The same before a language model, which would choke on a row that is no question: errors go their own way."""
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        return pa.Table.from_pylist(self._worker(batch.to_pylist()))
 
 
 def connect() -> None:
@@ -86,6 +94,12 @@ class OnRay:
         )
         yield from _rows(dataset)
 
+    def require(self, model: Llm) -> None:
+        """See `curation.serial.Executor`."""
+        if importlib.util.find_spec("vllm") is None:
+            what = f"funnel.passes.*.llm ({model.model})"
+            raise BackendUnavailable(f"{what} needs vLLM and GPUs on the machines of the cluster: pip install -e '.[vllm]'")
+
     def converse(
         self, asker: Factory, answerer: Factory, args: tuple[Any, ...], units: Sequence[pa.Table], resources: Pass
     ) -> Iterator[Row]:
@@ -96,7 +110,7 @@ class OnRay:
         dataset = _blocks(units)
         pool = _pool(resources, len(units), eager=False)
         questions = dataset.map_batches(
-            _Actor, fn_constructor_args=(asker, args), **pool, batch_format="pyarrow", batch_size=None
+            _AskingActor, fn_constructor_args=(asker, args), **pool, batch_format="pyarrow", batch_size=None
         )
         answered = language_model(resources.llm)(questions)
         # Reading answers is next to no work: a share of a core, or the two pools would wait for each other on a small machine.
@@ -127,11 +141,9 @@ class OnRay:
 def language_model(settings: Llm) -> Callable[[Any], Any]:
     """Dataset of questions -> the same with `generated_text`, by vLLM under `ray.data.llm`.
 
-    Raises `BackendUnavailable` where vLLM is not installed. A question that the model could not answer comes back with
+    A question that the model could not answer comes back with
     `__inference_error__` and costs no other.
     """
-    if importlib.util.find_spec("vllm") is None:
-        raise BackendUnavailable("funnel.passes.*.llm needs vLLM on the machines of the cluster: pip install -e '.[vllm]'")
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
     config = vLLMEngineProcessorConfig(
@@ -175,12 +187,17 @@ def _pool(resources: Pass, n_units: int, eager: bool = True) -> dict[str, Any]:
 
     cores = ray.cluster_resources().get("CPU", 1.0)
     most = max(1, min(resources.max_actors, n_units))
-    if resources.gpus == 0 and resources.cpus > cores:
-        raise UserError(f"a worker wants {resources.cpus:g} CPUs but the cluster has {cores:g}: lower funnel.passes.*.cpus")
+    gpus = ray.cluster_resources().get("GPU", 0.0)
+    for wanted, there, what in ((resources.cpus, cores, "CPU"), (resources.gpus, gpus, "GPU")):
+        if wanted > there:
+            fix = f"lower funnel.passes.*.{what.lower()}s"
+            raise UserError(f"a worker wants {wanted:g} {what}s but the cluster has {there:g}: {fix}")
     start = min(most, max(resources.min_actors, int(cores // resources.cpus)))
     options: dict[str, Any] = {"num_cpus": resources.cpus}
     if resources.gpus:
-        options["num_gpus"] = resources.gpus
+        share = resources.gpus
+        # Not as `num_gpus`: Ray Data then wants a batch size, and a unit of work is a block, however many rows it has.
+        options["ray_remote_args_fn"] = lambda: {"num_gpus": share}
     if resources.gpus or not eager:
         start = min(most, resources.min_actors)
     if resources.memory_gb:
@@ -197,6 +214,9 @@ def _rows(dataset: Any) -> Iterator[Row]:
                 raise UserError(row[_STOP])
             yield row
     except ray.exceptions.RayError as error:
+        told = re.search(r"waver_core\.errors\.(?:UserError|ConfigError|BackendUnavailable): (.+)", str(error))
+        if told:  # what a worker could not hand over as a row
+            raise UserError(told.group(1)) from error
         first = str(error).strip().splitlines()[-1]
         raise RunFailed(f"the workers failed: {first} (details in the logs of Ray's session)") from error
 

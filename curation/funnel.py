@@ -25,7 +25,7 @@ from curation.balance import balance_tiers
 from curation.gates import tier_gates
 from curation.ledger import build_ledger, print_bad_sources, print_ledger, print_tiers
 from curation.llm_pass import converse, units_of_clips
-from curation.passes import LaterPass, later_passes, shots_key
+from curation.passes import LaterPass, check_language_models, later_passes, shots_key
 from curation.progress import Progress
 from curation.report import write_report
 from curation.scores_pass import ScoresPass
@@ -33,7 +33,7 @@ from curation.selection import add_reasons, count_tiers
 from curation.serial import Executor, Serial, units_of
 from curation.shots_pass import ShotsPass
 from curation.stage import StageSet, load_stages
-from curation.tables import clips_of, join_results, pending_clips, resolve_tables
+from curation.tables import clips_of, join_results, pending_clips, resolve_tables, sort_rows
 from curation.tags import add_training_captions, check_tags
 from curation.text_pass import TextPass
 from curation.workfolder import WorkFolder
@@ -88,6 +88,12 @@ def run_funnel(config: Config, input_uri: str, output: str, execute: Executor, c
     tiers = tier_gates(config, stages)
     check_tags(config.tags, stages.schema)
     later = later_passes(config, stages)
+    check_language_models(config, stages, later)
+    for part in later:
+        if part.resources.llm is not None:
+            execute.require(part.resources.llm)
+    for stage in stages.stages:
+        stage.check_tiers(list(tiers))
     keys = {"shots": shots_key(stages), **{p.name: p.key for p in later}}
     work = WorkFolder(output, keys, uuid.uuid4().hex[:12])
     listed = stages.named("ingest").list_input(input_uri)
@@ -112,11 +118,17 @@ def run_funnel(config: Config, input_uri: str, output: str, execute: Executor, c
         seconds = {k: seconds.get(k, 0) + spent.get(k, 0) for k in {*seconds, *spent}}
 
     clips = add_training_captions(clips, config.tags)
-    clips = add_reasons(clips, tiers, [s.name for s in stages.stages]).sort_by(
-        [("source_uri", "ascending"), ("start_frame", "ascending")]
-    )
+    clips = add_reasons(clips, tiers, [s.name for s in stages.stages])
+    clips = sort_rows(clips, [("source_uri", "ascending"), ("start_frame", "ascending")])
     backends = {s.name: f for s in stages.stages if (f := s.backend_fingerprints())}
-    facts = {"config_digest": config.digest, "passes": keys, "backends": backends, "openwaver": __version__}
+    models = {p.name: p.resources.llm.model for p in later if p.resources.llm}
+    facts = {
+        "config_digest": config.digest,
+        "passes": keys,
+        "models_served": models,
+        "backends": backends,
+        "openwaver": __version__,
+    }
     publish, counts = stages.named("publish"), count_tiers(clips, tiers)
     publish.write_clips(output, clips, facts)
     balance = balance_tiers(output, clips, list(tiers), stages, execute)
@@ -209,20 +221,24 @@ def _identify(config: Config, listed: list[Row], known: list[Row], execute: Exec
 def _watched(name: str, results: Iterator[Row], n: int, n_bytes: int, config: Config, console: Console) -> Iterator[Row]:
     """Pass results on with progress; raises `RunFailed` when more of them are failures than the budget allows.
 
-    A result that failed has a `reason`; `bytes` is the size of its source.
+    A result that failed has a `reason`; `bytes` is the size of its source. One that stands for several clips or captions
+    says how many in `items`, and how many of them failed in `failed`.
     """
     budget = config.funnel.failure_budget
     reasons: Counter[str] = Counter()
+    items = 0
     with Progress(name, n, n_bytes, console) as progress:
-        for done, row in enumerate(results, start=1):
-            if row["reason"]:
-                reasons[row["reason"]] += 1
-            progress.advance(row["bytes"] or 0, failed=bool(row["reason"]))
+        for row in results:
+            items += row.get("items", 1)
+            failed_here = row.get("failed", 1 if row["reason"] else 0)
+            if failed_here:
+                reasons[row["reason"]] += failed_here
+            progress.advance(row["bytes"] or 0, failed=bool(failed_here))
             failed = reasons.total()
-            if done >= budget.min_items and failed > budget.max_share * done:
+            if items >= budget.min_items and failed > budget.max_share * items:
                 common = ", ".join(f"{count} {reason}" for reason, count in _commonest(reasons.elements()))
                 raise RunFailed(
-                    f"stopped: {failed} of {done} sources failed in the pass '{name}' ({common}), more than "
+                    f"stopped: {failed} of {items} failed in the pass '{name}' ({common}), more than "
                     f"funnel.failure_budget.max_share = {budget.max_share:g}. What is done is kept; run again to go on"
                 )
             yield row
@@ -242,6 +258,7 @@ def _run_later(part: LaterPass, clips: pa.Table, config: Config, work: WorkFolde
     units, expected, n_bytes = units_of_clips(clips, part), len(clips), 0
     if part.resources.llm is not None:
         results = converse(part, clips, config, work, execute)
+        n_bytes = int(pc.sum(clips["bytes"]).as_py() or 0)
     elif part.hook == "text":
         # Small lots are labelled here sooner than a pool of workers has started, unless the model is to have its own.
         executor = execute if part.pooled or len(clips) > _SMALL_TEXTS else Serial()

@@ -52,6 +52,9 @@ def check_gate(where: str, gate: Gate, schema: pa.Schema) -> None:
     for column in (gate.column, *gate.condition):
         if column not in schema.names:
             raise ConfigError(f"{where}: no stage writes column '{column}': {did_you_mean(column, schema.names)}")
+    for column, value in gate.condition.items():
+        if not pa.types.is_string(schema.field(column).type):
+            raise ConfigError(f"{where}: only '{column}: {value}' needs a column of text, but it is {schema.field(column).type}")
     kind = schema.field(gate.column).type
     numeric = pa.types.is_floating(kind) or pa.types.is_integer(kind)
     if (gate.min is not None or gate.max is not None) and not numeric:
@@ -98,7 +101,7 @@ def pass_mask(gate: Gate, table: pa.Table | pa.RecordBatch) -> np.ndarray:
         ok = pc.and_(ok, pc.greater_equal(column, gate.min))
     if gate.max is not None:
         ok = pc.and_(ok, pc.less_equal(column, gate.max))
-    mask = np.asarray(pc.fill_null(ok, False))
+    mask = np.asarray(pc.fill_null(ok, False))  # `present` asks for no more than that
     for name, wanted in gate.condition.items():
         mask = mask | ~np.asarray(pc.fill_null(pc.equal(table.column(name), wanted), False))
     return mask

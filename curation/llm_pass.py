@@ -19,14 +19,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from curation.passes import LaterPass, later_passes
-from curation.scores_pass import ScoresPass, error_text
+from curation.scores_pass import ScoresPass, error_text, isolated
 from curation.serial import Executor
 from curation.stage import ClipMedia, Frames, Row, load_stages
 from curation.tables import units_by_source
 from curation.workfolder import WorkFolder
 from waver_core.backends.pretrained._chat import Conversation, wire
 from waver_core.config import Config, digest_of
-from waver_core.errors import UserError
+from waver_core.errors import MediaError, UserError
 from waver_core.manifest import rows_to_table
 from waver_core.telemetry import StageTimer
 
@@ -76,7 +76,7 @@ class _Replayed:
     """What both halves share: the stage, its backend on `Replay`, and the shards it writes."""
 
     def __init__(self, config: Config, work: WorkFolder, name: str) -> None:
-        self._work = work
+        self._work, self._max_attempts = work, config.funnel.max_attempts
         stages = load_stages(config)
         self.part = next(p for p in later_passes(config, stages) if p.name == name)
         self.clip_pass = ScoresPass(config, work, name) if self.part.hook == "clip" else None
@@ -89,8 +89,8 @@ class _Replayed:
         """The stage's columns for one clip, or `NotYet`, or what went wrong."""
         self.replay.begin(answers)
         if self.part.hook == "text":
-            return self.stage.annotate([row])[0]
-        return self.stage.score_many([ClipMedia(dict(row), frames)])[0]
+            return isolated(self.stage.annotate, [row])[0]
+        return isolated(self.stage.score_many, [ClipMedia(dict(row), frames)])[0]
 
     def commit(self, results: Mapping[str, Row | Exception]) -> None:
         """Make results durable, errors as a text."""
@@ -131,22 +131,26 @@ class Asker(_Replayed):
         self.commit(failed)
         return out
 
-    def _with_frames(self, clips: list[Row], failed: dict[str, Row | Exception]) -> Any:
+    def _with_frames(self, clips: list[Row], failed: dict[str, Row | Exception]) -> Iterator[tuple[Row, dict[Any, Frames]]]:
         if self.clip_pass is None:
-            for row in clips:
-                yield row, {}
+            yield from ((row, {}) for row in clips)
             return
-        for _, group in groupby(clips, key=itemgetter("source_id")):
-            rows = list(group)
-            seen = set()
+        for source_id, group in groupby(clips, key=itemgetter("source_id")):
+            rows = {r["clip_id"]: r for r in group}
+            attempt = self._work.begin_attempt(source_id)
+            wrong: Exception = MediaError("no_frames", "no frame of the clip came in the decode for its caption")
             try:
-                for media in self.clip_pass.media(rows, StageTimer()):
-                    seen.add(media.row["clip_id"])
+                if attempt > self._max_attempts:
+                    raise MediaError("crashes_worker", f"a worker died {attempt - 1} times on this file in one run")
+                for media in self.clip_pass.media(list(rows.values()), StageTimer()):
+                    del rows[media.row["clip_id"]]
                     yield media.row, media.frames
             except UserError:
                 raise
             except Exception as error:
-                failed.update({r["clip_id"]: error for r in rows if r["clip_id"] not in seen})
+                wrong = error
+            failed.update(dict.fromkeys(rows, wrong))
+            self._work.end_attempts([source_id])
 
 
 class Answerer(_Replayed):
@@ -179,24 +183,36 @@ class Answerer(_Replayed):
 
 def converse(part: LaterPass, clips: pa.Table, config: Config, work: WorkFolder, execute: Executor) -> Iterator[Row]:
     """Run the rounds over the clips of a pass; yields a summary {bytes, reason} per clip that is done."""
-    args = (config, work, part.name)
+    args, schema = (config, work, part.name), part.schema(load_stages(config))
     waiting = clips
-    for _ in range(MAX_ROUNDS):
+    for number in range(MAX_ROUNDS):
         again: dict[str, str] = {}
+        heard: set[str] = set()
         for row in execute.converse(Asker, Answerer, args, units_of_clips(waiting, part), part.resources):
+            heard.add(row["clip_id"])
             if row["answers"]:
                 again[row["clip_id"]] = row["answers"]
             else:
                 yield row
+        if number == 0 and len(heard) < len(clips):
+            yield from _unasked(set(clips["clip_id"].to_pylist()) - heard, part, work, schema)
         if not again:
             return
         at = pc.index_in(clips["clip_id"], pa.array(list(again), pa.string())).combine_chunks()
         waiting = clips.append_column("answers", pa.array(list(again.values()), pa.string()).take(at)).filter(pc.is_valid(at))
-    schema = part.schema(load_stages(config))
     text = f"ValueError: no answer that could be used in {MAX_ROUNDS} rounds"
     rows = [{"clip_id": k, f"{part.stages[0]}_error": text} for k in again]
     work.commit(part.name, digest_of(sorted(again)), rows_to_table(rows, schema), {})
     yield from ({"bytes": 0, "reason": text} for _ in again)
+
+
+def _unasked(ids: set[str], part: LaterPass, work: WorkFolder, schema: pa.Schema) -> Iterator[Row]:
+    """Summaries of clips that the asker settled without a question: blank captions, and clips that could not be decoded."""
+    results, _ = work.read(part.name, schema)
+    for row in results.select(["clip_id", f"{part.stages[0]}_error"]).to_pylist():
+        if row["clip_id"] in ids:
+            ids.discard(row["clip_id"])
+            yield {"bytes": 0, "reason": row[f"{part.stages[0]}_error"] or ""}
 
 
 def units_of_clips(clips: pa.Table, part: LaterPass) -> list[pa.Table]:

@@ -79,6 +79,12 @@ def later_passes(config: Config, stages: StageSet) -> list[LaterPass]:
             raise ConfigError(f"stage '{stage.name}' follows one that has a pass of its own: {fix}")
         else:
             groups.append(("scores", hook, [stage]))
+    named = {name for name, _, _ in groups} | {"shots", "scores"}
+    for name in config.funnel.passes:
+        if name not in named:
+            raise ConfigError(
+                f"funnel.passes.{name}: stage '{name}' works in no pass after the first, so it can have none of its own"
+            )
     passes = []
     position = {s.name: i for i, s in enumerate(stages.stages)}
     for name, hook, members in groups:
@@ -109,7 +115,24 @@ def _key(config: Config, stages: StageSet, hook: str, members: Sequence[Stage]) 
                 needed[owner] = stages.named(owner)
                 queue.append(needed[owner])
     facts = [{"stage": s.name, **s.fingerprint()} for s in (*members, *(needed[n] for n in sorted(needed)))]
-    return digest_of([shots_key(stages), config.funnel.score_reference_frames_only if hook == "clip" else None, facts])
+    # Which model answers, and how it is set up, is said by the pass and not by the backend that asks.
+    llm = [p.llm.model_dump(include={"model", "engine"}) for s in members if (p := config.funnel.passes.get(s.name)) and p.llm]
+    return digest_of([shots_key(stages), config.funnel.score_reference_frames_only if hook == "clip" else None, facts, llm])
+
+
+def check_language_models(config: Config, stages: StageSet, later: Sequence[LaterPass]) -> None:
+    """Raises `ConfigError` where a pass has a model to answer but its stage's backend asks none, or the other way round."""
+    for part in later:
+        for stage in part.members(stages):
+            asks = getattr(stage.language_model, "engine_name", None) == "vllm"
+            if part.resources.llm and not asks:
+                fix = "set its option engine to vllm, or take llm out"
+                where = f"funnel.passes.{part.name}.llm"
+                raise ConfigError(f"{where}: stage '{stage.name}' asks no language model of the run: {fix}")
+            if asks and not part.resources.llm:
+                raise ConfigError(
+                    f"funnel.stages.{stage.name}: engine vllm needs a model: funnel.passes.{stage.name}.llm={{model: ...}}"
+                )
 
 
 def _owner(field: pa.Field) -> str:

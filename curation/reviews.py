@@ -27,6 +27,7 @@ def review_states(clips: pa.Table, reviews_uri: str | None) -> pa.Array:
     by its style, is `approved`, `rejected` or `pending` (too few opinions).
 
     reviews_uri: Parquet with a row per opinion: clip_id, reviewer, approved; further columns, such as a reason, are free.
+    A row with a null among the three is no opinion.
     Raises `UserError` when it cannot be read or lacks a column.
     """
     synthetic = pc.fill_null(pc.equal(clips["style"], SYNTHETIC), False)
@@ -43,12 +44,19 @@ def _verdicts(uri: str) -> tuple[set[str], set[str]]:
         table = pq.read_table(io.BytesIO(read_bytes(uri)))
     except (OSError, pa.ArrowInvalid) as error:
         raise UserError(f"funnel.stages.ingest.reviews: {uri} cannot be read as Parquet: {error}") from error
+    if any(pa.types.is_string(table.schema.field(n).type) for n in ("approved",) if n in table.column_names):
+        raise UserError(f"funnel.stages.ingest.reviews: approved in {uri} is text; it must be true or false")
     missing = [name for name in _COLUMNS if name not in table.column_names]
     if missing:
         raise UserError(f"funnel.stages.ingest.reviews: {uri} lacks {', '.join(missing)}; it needs {', '.join(_COLUMNS)}")
+    try:
+        opinions = table.select(list(_COLUMNS)).cast(pa.schema(list(_COLUMNS.items()))).drop_null()
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
+        kinds = ", ".join(f"{name} ({kind})" for name, kind in _COLUMNS.items())
+        raise UserError(f"funnel.stages.ingest.reviews: {uri} must hold {kinds}: {error}") from error
     reviewers: dict[str, set[str]] = {}
     rejected: set[str] = set()
-    for row in table.select(list(_COLUMNS)).to_pylist():
+    for row in opinions.to_pylist():
         if not row["approved"]:
             rejected.add(row["clip_id"])
         else:

@@ -6,17 +6,18 @@ keep the clip; if none can, the rest is skipped and stays null.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from itertools import groupby, islice
 from operator import itemgetter
+from typing import TypeVar
 
 import cv2
 import numpy as np
 
 from curation.gates import rejected_by, tier_gates
 from curation.passes import later_passes
-from curation.stage import ClipMedia, FrameRequest, Frames, Row, Stage, load_stages
+from curation.stage import ClipMedia, FrameRequest, Frames, Row, load_stages
 from curation.workfolder import WorkFolder
 from waver_core.config import Config, digest_of
 from waver_core.errors import MediaError, UserError
@@ -24,6 +25,7 @@ from waver_core.manifest import rows_to_table
 from waver_core.telemetry import StageTimer
 from waver_core.video import OpenVideo, open_video, quarter_turns, read_image, to_rgb
 
+T = TypeVar("T")
 _MAX_ANCHOR_GAP_S = 0.2
 _SAME_TIME_S = 1e-3
 
@@ -64,7 +66,7 @@ class ScoresPass:
             missing = [r for r in rows if r["clip_id"] not in {s["clip_id"] for s in scored}]
             scored += self._failed(missing, MediaError("no_frames", "no frame of the clip came in the second decode"))
             out.extend(scored)
-            summaries.append({"source_id": source_id, "reason": _first_error(scored), "bytes": rows[0]["bytes"]})
+            summaries.append({"source_id": source_id, "bytes": rows[0]["bytes"], **failures_of(scored)})
         unit = digest_of(sorted(c["clip_id"] for c in clips))
         self._work.commit(self.part.name, unit, rows_to_table(out, self._schema), timer.seconds)
         self._work.end_attempts(by_source)
@@ -93,7 +95,7 @@ class ScoresPass:
             if not going:
                 break
             with timer.measure(stage.name):
-                results = score_together(stage, [media for media, _ in going])
+                results = isolated(stage.score_many, [media for media, _ in going])
             for (media, row), scores in zip(going, results, strict=True):
                 # An error is a null with a text, never a score; the other stages go on.
                 found = {f"{stage.name}_error": error_text(scores)} if isinstance(scores, Exception) else scores
@@ -116,16 +118,21 @@ class ScoresPass:
             yield from sample_clips(video, rows, self.requests, timer, f"decode_{self.part.name}")
 
 
-def score_together(stage: Stage, media: list[ClipMedia]) -> list[Row | Exception]:
-    """Scores of a batch; where the whole batch fails, every clip is tried alone, so that one costs no other its scores."""
+def isolated(call: Callable[[list[T]], list[Row | Exception]], items: list[T]) -> list[Row | Exception]:
+    """A result, or what went wrong, for every item: where a batch fails it is halved, so that one item costs no other."""
+    if not items:
+        return []
     try:
-        results = stage.score_many(media)
+        results = call(items)
     except UserError:
         raise
     except Exception as error:
-        return [error] if len(media) == 1 else [score_together(stage, [one])[0] for one in media]
-    if len(results) != len(media):  # a bug, and one that would hand captions to the wrong clips
-        raise RuntimeError(f"stage {stage.name} gave {len(results)} results for {len(media)} clips")
+        if len(items) == 1:
+            return [error]
+        half = len(items) // 2
+        return isolated(call, items[:half]) + isolated(call, items[half:])
+    if len(results) != len(items):  # a bug, and one that would hand captions to the wrong clips
+        raise RuntimeError(f"{len(results)} results for {len(items)} items")
     return results
 
 
@@ -134,9 +141,11 @@ def error_text(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"[:500]
 
 
-def _first_error(rows: list[Row]) -> str:
-    failed = next(((k, v) for r in rows for k, v in r.items() if k.endswith("_error") and v), None)
-    return f"{failed[0].removesuffix('_error')}: {failed[1]}" if failed else ""
+def failures_of(rows: list[Row]) -> Row:
+    """For a summary: how many rows there are, how many of them have an error, and the first one."""
+    errors = [next(((k, v) for k, v in row.items() if k.endswith("_error") and v), None) for row in rows]
+    first = next((f"{e[0].removesuffix('_error')}: {e[1]}" for e in errors if e), "")
+    return {"items": len(rows), "failed": sum(e is not None for e in errors), "reason": first}
 
 
 def sample_clips(

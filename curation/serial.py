@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from waver_core.config import Pass
+from waver_core.config import Llm, Pass
 from waver_core.errors import UserError
 from waver_core.manifest import read_tables
 
@@ -27,6 +27,9 @@ class Executor(Protocol):
         self, factory: Callable[..., Worker], args: tuple[Any, ...], units: Sequence[pa.Table], resources: Pass
     ) -> Iterator[Row]:
         """Build workers from a factory, call them with units of rows; yields what they return, in any order."""
+
+    def require(self, model: Llm) -> None:
+        """Raises `UserError` where a language model cannot be served; asked before anything is done."""
 
     def converse(
         self, asker: Factory, answerer: Factory, args: tuple[Any, ...], units: Sequence[pa.Table], resources: Pass
@@ -53,11 +56,15 @@ class Serial:
         for unit in units:
             yield from worker(unit.to_pylist())
 
+    def require(self, model: Llm) -> None:
+        """See `Executor`; here there is no pool to put a language model in."""
+        raise UserError("funnel.passes.*.llm serves its model through Ray Data: run without --serial, or take another engine")
+
     def converse(
         self, asker: Factory, answerer: Factory, args: tuple[Any, ...], units: Sequence[pa.Table], resources: Pass
     ) -> Iterator[Row]:
-        """See `Executor`; here there is no pool to put a language model in."""
-        raise UserError("funnel.passes.*.llm serves its model through Ray Data: run without --serial, or take another engine")
+        """See `Executor`; never reached, for `require` refuses first."""
+        raise NotImplementedError
 
     def count(self, uris: Sequence[str], keys: Sequence[str], memberships: dict[str, str]) -> pa.Table:
         """See `Executor`."""

@@ -175,8 +175,11 @@ class Stage:
 
     @property
     def language_model(self) -> Any:
-        """The backend whose questions a pass with `llm` answers; its option `engine` must be vllm."""
-        raise ConfigError(f"funnel.passes.{self.name}.llm: stage '{self.name}' asks no language model")
+        """The backend whose questions a pass with `llm` answers, if its option `engine` is vllm; None where none is asked."""
+        return None
+
+    def check_tiers(self, tiers: Sequence[str]) -> None:
+        """Raises `ConfigError` when its options name a tier that there is not."""
 
     def backends(self) -> list[BackendUse]:
         """The backends that its options ask for."""

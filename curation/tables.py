@@ -19,13 +19,16 @@ from curation.stage import StageSet
 from curation.workfolder import WorkFolder
 
 Row = dict[str, Any]
+_NARROW_BYTES = 1 << 30
+_TAKE_ROWS = 100_000
 
 
 def clips_of(sources: list[Row], finished: list[Row], work: WorkFolder, stages: StageSet) -> pa.Table:
     """Clips of the sources of this input, sorted by id, with names and licences as the input gives them now."""
     wanted = {s["source_id"]: s for s in sources if s["status"] == "ok"}
     clips = work.read_clips([s["unit"] for s in finished if s["source_id"] in wanted], stages.schema)
-    clips = clips.filter(pc.is_in(clips["source_id"], pa.array(list(wanted), pa.string()))).sort_by("clip_id")
+    clips = clips.filter(pc.is_in(clips["source_id"], pa.array(list(wanted), pa.string())))
+    clips = sort_rows(clips, [("clip_id", "ascending")])
     ids = pa.array(list(wanted), pa.string())
     at = pc.index_in(clips["source_id"], ids)
     for column, key in (("source_uri", "uri"), ("dataset", "dataset"), ("licence", "licence"), ("style", "style")):
@@ -57,7 +60,7 @@ def rejected_by(clips: pa.Table, tiers: Tiers, position: int) -> np.ndarray:
 def pending_clips(
     clips: pa.Table, sources: list[Row], work: WorkFolder, later: LaterPass, stages: StageSet, tiers: Tiers
 ) -> pa.Table:
-    """Clips that are still wanted and have no results of this pass, or results cut short by gates since loosened.
+    """Clips that are still wanted and have no results of this pass, only failed ones, or some cut short by gates since loosened.
 
     With the columns that the pass's workers need, `bytes` and `anchor_gap_s` of the source; sources in order of size, the
     largest first, and the clips of one together in order of time.
@@ -69,6 +72,7 @@ def pending_clips(
         for column in later.members(stages)[0].reads:
             wanted &= np.asarray(pc.is_valid(clips[column]))
     scored = np.asarray(pc.is_in(clips["clip_id"], results["clip_id"].combine_chunks()))
+    failed = _any_error(joined, later)  # another run is another try: an endpoint may be up again, a bug mended
     short = scored & np.asarray(pc.is_in(joined["skipped_from"], pa.array(later.stages, pa.string())))
     if short.any():
         position = {s.name: i for i, s in enumerate(stages.stages)}
@@ -76,13 +80,18 @@ def pending_clips(
             here = np.asarray(pc.fill_null(pc.equal(joined["skipped_from"], name), False))
             short &= ~(here & rejected_by(joined, tiers, position[name] - 1))
     columns = later.reads(stages, sorted({c for t in tiers.values() for g in t for c in (g.gate.column, *g.gate.condition)}))
-    todo = clips.select(columns).filter(pa.array(wanted & (~scored | short)))
+    todo = clips.select(columns).filter(pa.array(wanted & (~scored | short | failed)))
     order = sorted((s for s in sources if s["status"] == "ok"), key=lambda s: (-(s["bytes"] or 0), s["uri"]))
     at = pc.index_in(todo["source_id"], pa.array([s["source_id"] for s in order], pa.string())).combine_chunks()
     todo = todo.append_column("source_order", at)
     for name, kind in (("bytes", pa.int64()), ("anchor_gap_s", pa.float64())):
         todo = todo.append_column(name, pa.array([s.get(name) for s in order], kind).take(at))
-    return todo.sort_by([("source_order", "ascending"), ("start_s", "ascending")])
+    return sort_rows(todo, [("source_order", "ascending"), ("start_s", "ascending")])
+
+
+def _any_error(table: pa.Table, later: LaterPass) -> np.ndarray:
+    """Bool [N]: rows in which a stage of the pass has failed."""
+    return np.any([np.asarray(pc.is_valid(table[f"{name}_error"])) for name in later.stages], axis=0)
 
 
 def units_by_source(clips: pa.Table, sources_per_unit: int) -> list[pa.Table]:
@@ -95,27 +104,46 @@ def units_by_source(clips: pa.Table, sources_per_unit: int) -> list[pa.Table]:
 
 
 def join_results(clips: pa.Table, results: pa.Table, later: LaterPass, stages: StageSet, tiers: Tiers) -> pa.Table:
-    """Columns of a later pass by clip_id. Clips without results keep nulls; one with several rows takes its fullest.
+    """Columns of a later pass by clip_id. Clips without results keep nulls; of several rows one without an error is taken,
+    and of those the fullest.
 
     Nothing else than the id says which row belongs to which clip: rows come back in any order, some of them twice.
     """
-    if later.hook == "text":
-        at = pc.index_in(clips["clip_id"], results["clip_id"].combine_chunks()).combine_chunks()
-        return _take(clips, results, at, [n for n in results.column_names if n != "clip_id"])
     names = pa.array([s.name for s in stages.stages])
-    reached = pc.fill_null(pc.index_in(results["skipped_from"], names), len(names))
-    fullest = results.take(pc.sort_indices(pa.table({"reached": reached}), [("reached", "descending")]))
-    at = pc.index_in(clips["clip_id"], fullest["clip_id"].combine_chunks()).combine_chunks()
-    clips = _take(clips, fullest, at, [n for n in results.column_names if n not in ("clip_id", "skipped_from")])
+    keys = {"failed": pa.array(_any_error(results, later))}
+    if later.hook == "clip":
+        keys["reached"] = pc.negate(pc.fill_null(pc.index_in(results["skipped_from"], names), len(names)))
+    best = pc.sort_indices(pa.table(keys), [(k, "ascending") for k in keys])
+    ids = results["clip_id"].take(best).combine_chunks()
+    at = pc.index_in(clips["clip_id"], ids).combine_chunks()
+    rows = best.take(at)  # positions in `results`, null for clips that it lacks
+    for name in results.column_names:
+        if name not in ("clip_id", "skipped_from"):
+            index = clips.schema.get_field_index(name)
+            clips = clips.set_column(index, clips.schema.field(index), take(results[name], rows))
+    if later.hook == "text":
+        return clips
     # What never entered the pass was cut short before its first stage.
     never = np.asarray(pc.is_null(at)) & rejected_by(clips, tiers, later.position - 1)
-    here = pc.if_else(pa.array(never), later.stages[0], fullest["skipped_from"].take(at))
+    here = pc.if_else(pa.array(never), later.stages[0], results["skipped_from"].take(rows))
     index = clips.schema.get_field_index("skipped_from")
     return clips.set_column(index, clips.schema.field(index), pc.coalesce(clips["skipped_from"], here))
 
 
-def _take(clips: pa.Table, results: pa.Table, at: pa.Array, names: list[str]) -> pa.Table:
-    for name in names:
-        index = clips.schema.get_field_index(name)
-        clips = clips.set_column(index, clips.schema.field(index), results[name].take(at))
-    return clips
+def sort_rows(table: pa.Table, keys: list[tuple[str, str]]) -> pa.Table:
+    """`Table.sort_by` for tables of any size: see `take`."""
+    order = pc.sort_indices(table.select([k for k, _ in keys]), keys)
+    return pa.table([take(table[name], order) for name in table.column_names], schema=table.schema)
+
+
+def take(column: pa.ChunkedArray, at: pa.Array) -> pa.ChunkedArray:
+    """`column.take(at)`, also where the values hold more than Arrow's 32-bit offsets can count (2 GB of text, say)."""
+    wide = {pa.string(): pa.large_string()}.get(column.type)
+    if pa.types.is_list(column.type):
+        wide = pa.large_list(column.type.value_type)
+    if wide is None or column.nbytes < _NARROW_BYTES:
+        taken = column.take(at)
+        return taken if isinstance(taken, pa.ChunkedArray) else pa.chunked_array([taken], column.type)
+    whole = column.cast(wide).combine_chunks()
+    parts = [whole.take(at.slice(i, _TAKE_ROWS)).cast(column.type) for i in range(0, len(at), _TAKE_ROWS)]
+    return pa.chunked_array(parts, column.type)

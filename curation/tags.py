@@ -29,7 +29,8 @@ def add_training_captions(clips: pa.Table, tags: Tags) -> pa.Table:
     before = pc.fill_null(sentences.take(pc.index_in(style, names).combine_chunks()), "")
     met = [pc.if_else(pa.array(_meets(tag, clips)), f", {tag.words}", "") for tag in tags.quality.values()]
     words = pc.binary_join_element_wise(*met, "") if met else pa.array([""] * len(clips), pa.string())
-    sentence = pc.utf8_capitalize(pc.utf8_slice_codeunits(words, 2))  # without the comma in front
+    first = pc.utf8_upper(pc.utf8_slice_codeunits(words, 2, 3))  # the comma in front is left out, the rest as it was written
+    sentence = pc.binary_join_element_wise(first, pc.utf8_slice_codeunits(words, 3), "")
     after = pc.if_else(pc.equal(words, ""), "", pc.binary_join_element_wise(" ", sentence, ".", ""))
     joined = pc.binary_join_element_wise(before, clips["caption"], after, "")
     index = clips.schema.get_field_index("training_caption")

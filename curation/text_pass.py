@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from curation.passes import later_passes
-from curation.scores_pass import error_text
+from curation.scores_pass import error_text, failures_of, isolated
 from curation.stage import Row, load_stages
 from curation.workfolder import WorkFolder
 from waver_core.config import Config, digest_of
-from waver_core.errors import UserError
 from waver_core.manifest import rows_to_table
 from waver_core.telemetry import StageTimer
 
@@ -25,20 +24,12 @@ class TextPass:
     def __call__(self, rows: list[Row]) -> list[Row]:
         """Annotate a unit and make it durable; results meet rows by clip_id."""
         timer = StageTimer()
-        try:
-            with timer.measure(self.stage.name):
-                results = self.stage.annotate(rows)
-            if len(results) != len(rows):
-                raise RuntimeError(f"stage {self.stage.name} gave {len(results)} results for {len(rows)} rows")
-        except UserError:
-            raise
-        except Exception as error:
-            results = [error] * len(rows)
+        with timer.measure(self.stage.name):
+            results = isolated(self.stage.annotate, rows)
         out = []
         for row, found in zip(rows, results, strict=True):
             columns = {f"{self.stage.name}_error": error_text(found)} if isinstance(found, Exception) else found
             out.append({"clip_id": row["clip_id"], **columns})
         unit = digest_of(sorted(r["clip_id"] for r in rows))
         self._work.commit(self.part.name, unit, rows_to_table(out, self._schema), timer.seconds)
-        failed = [r for r in results if isinstance(r, Exception)]
-        return [{"rows": len(rows), "reason": error_text(failed[0]) if failed else "", "bytes": 0}]
+        return [{"bytes": 0, **failures_of(out)}]

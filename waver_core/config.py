@@ -78,6 +78,8 @@ class Gate(Strict):
     max: float | None = None
     equals: str | bool | tuple[str, ...] | None = None
     """The value, or a list of texts any of which will do."""
+    present: Literal[True] | None = None
+    """Any value will do, but there must be one."""
     kind: Literal["video", "image"] | None = None
     only: dict[str, str] | None = None
 
@@ -91,8 +93,8 @@ class Gate(Strict):
 
     @model_validator(mode="after")
     def _one_condition(self) -> Gate:
-        if self.min is None and self.max is None and self.equals is None:
-            raise ValueError("a gate needs min, max or equals")
+        if self.min is None and self.max is None and self.equals is None and self.present is None:
+            raise ValueError("a gate needs min, max, equals or present")
         if self.min is not None and self.max is not None and self.min > self.max:
             raise ValueError(f"min {self.min} is above max {self.max}: nothing can pass")
         return self
@@ -106,7 +108,8 @@ class Gate(Strict):
         if self.equals is not None:
             words = " or ".join(self.equals) if isinstance(self.equals, tuple) else str(self.equals).lower()
             same = f"{self.column} = {words}"
-        rule = " and ".join(part for part in (low, high, same) if part)
+        there = f"{self.column} is there" if self.present else ""
+        rule = " and ".join(part for part in (low, high, same, there) if part)
         return rule + "".join(f", where {k} = {v}" for k, v in (self.only or {}).items())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import pyarrow as pa
@@ -9,6 +10,7 @@ from pydantic import Field
 
 from curation import stage
 from waver_core.config import Strict
+from waver_core.errors import ConfigError, did_you_mean
 from waver_core.manifest import Column
 
 
@@ -42,3 +44,9 @@ class Stage(stage.Stage):
             "sampling_weight", pa.float64(), "how often to draw this clip, mean 1 in its tier; null in the table of all clips"
         ),
     )
+
+    def check_tiers(self, tiers: Sequence[str]) -> None:
+        """Raises `ConfigError` for a tier to balance that there is not."""
+        for name in self.options.tiers:
+            if name not in tiers:
+                raise ConfigError(f"funnel.stages.balance.tiers: no tier '{name}': {did_you_mean(name, tiers)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import av
@@ -14,6 +15,7 @@ from curation import stage
 from curation.balance import Balance
 from waver_core import storage
 from waver_core.config import Strict
+from waver_core.errors import ConfigError, did_you_mean
 from waver_core.manifest import Column, publish
 from waver_core.video import decode_frames, open_video, write_mp4
 
@@ -40,6 +42,12 @@ class Stage(stage.Stage):
         Column("thumbnail_frames", pa.int32(), "frames in the clip's filmstrip; 0 where there is none"),
         Column("skipped_from", pa.string(), "stage from which on this clip was not scored, as every tier had rejected it"),
     )
+
+    def check_tiers(self, tiers: Sequence[str]) -> None:
+        """Raises `ConfigError` when clip files are wanted of a tier that there is not."""
+        if self.options.clip_files != "none" and self.options.clip_tier not in tiers:
+            near = did_you_mean(self.options.clip_tier, tiers)
+            raise ConfigError(f"funnel.stages.publish.clip_tier: no tier '{self.options.clip_tier}': {near}")
 
     def write_clips(self, output: str, clips: pa.Table, facts: dict[str, Any]) -> None:
         """Write `<output>/clips`: every clip, the rejected ones included."""

@@ -252,8 +252,8 @@ class SegmentWatcher:
             scored.append(((total - count) / (count * (count - 1)), i))
         chosen: list[tuple[int, int]] = []
         all_times = np.array(self._times_s)
-        for _, i in sorted(scored):
-            start = int(at[i])
+        # A shot only just too long may begin after the one sample that leaves room: then its first max_s are the window.
+        for start in [int(at[i]) for _, i in sorted(scored)] or [shot.start]:
             end = min(shot.end, int(np.searchsorted(all_times, all_times[start] + self._options.max_s - 1e-6)))
             if all(end <= a or start >= b for a, b in chosen):
                 chosen.append((start, end))

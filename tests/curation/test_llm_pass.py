@@ -18,8 +18,10 @@ import curation.executor
 from curation.executor import OnRay, answer, question
 from curation.llm_pass import MAX_ROUNDS, NotYet, Replay
 from curation.serial import Serial
+from waver_core.backends.pretrained.qwen2_5_vl import Qwen25VLCaptioner
 from waver_core.config import Llm
-from waver_core.errors import BackendUnavailable, UserError
+from waver_core.errors import BackendUnavailable, ConfigError, RunFailed, UserError
+from waver_core.taxonomy import load_taxonomy
 
 CAPTION = (
     "funnel.stages.caption={backend: qwen2_5_vl, backend_options: {engine: vllm}}",
@@ -52,6 +54,9 @@ class Answering(Serial):
 
     def __init__(self, reply: Callable[[list[dict[str, Any]], int], Any]) -> None:
         self.reply, self.asked = reply, Counter[int]()
+
+    def require(self, model: Llm) -> None:
+        """It has one."""
 
     def converse(self, asker: Any, answerer: Any, args: Any, units: Sequence[pa.Table], resources: Any) -> Iterator[Any]:
         first, second = asker(*args), answerer(*args)
@@ -94,8 +99,10 @@ def test_captions_come_back_to_their_clips_repaired_or_with_an_error(
         said = np.array([float(v) for v in row["caption"].split()])
         assert np.abs(said - pictures_of(row)[0].mean(axis=(0, 1))).max() < 3, "a caption of another clip"
     assert all(r["label_1"] is not None for r in done) and all(r["label_1"] is None for r in failed)
-    # Another run asks nothing again.
-    assert curate(collection, tmp_path, *CAPTION, execute=Answering(lambda *_: 1 / 0)).clips.to_pylist() == rows
+    # Another run asks again for what has failed, and for nothing else.
+    second = Answering(lambda *_: {"__inference_error__": "the prompt is too long"})
+    assert curate(collection, tmp_path, *CAPTION, execute=second).clips.to_pylist() == rows
+    assert sum(second.asked.values()) == len(failed)
 
 
 def test_an_answer_that_stays_bad_is_an_error_on_its_row(collection: Path, tmp_path: Path, curate: Any) -> None:
@@ -104,22 +111,80 @@ def test_an_answer_that_stays_bad_is_an_error_on_its_row(collection: Path, tmp_p
     assert any("no JSON object" in (r["caption_error"] or "") for r in rows) and any(r["caption"] for r in rows)
 
 
-def test_labels_take_two_steps(collection: Path, tmp_path: Path, curate: Any) -> None:
+def class_told(text: str) -> str:
+    """A class of the taxonomy that depends on the caption."""
+    classes = {"left": "Basketball", "right": "Soccer", "up": "Volleyball"}
+    return next((v for k, v in classes.items() if k in text), "Tennis")
+
+
+def test_labels_take_two_steps_and_come_back_to_their_captions(collection: Path, tmp_path: Path, curate: Any) -> None:
+    first = {path.level2: path.level3 for path in reversed(list(load_taxonomy()))}
+
     def reply(messages: list[dict[str, Any]], number: int) -> str:
-        within = "dribbling a basketball" in str(messages[0]["content"])
-        return json.dumps({"level3": "dribbling a basketball"} if within else {"level1": "Ball Sports", "level2": "Basketball"})
+        text = str(messages[0]["content"])
+        told = class_told(text[text.index("A ", text.rindex("aption")) :])
+        whole = "Ball Sports: " in text  # the first step shows the classes, the second the labels of one
+        return json.dumps({"level1": "Ball Sports", "level2": told} if whole else {"level3": first[told]})
 
     model = Answering(reply)
     rows = curate(collection, tmp_path, LABEL, "funnel.passes.label={llm: {model: tiny}}", execute=model).clips.to_pylist()
     captioned = [r for r in rows if r["caption"]]
-    assert {r["label_3"] for r in captioned} == {"dribbling a basketball"}
-    assert sum(model.asked.values()) == 2 * len(captioned)
+    for row in captioned:
+        told = class_told(row["caption"])
+        assert (row["label_2"], row["label_3"], row["label_error"]) == (told, first[told], None)
+    assert len({r["label_2"] for r in captioned}) >= 2 and sum(model.asked.values()) == 2 * len(captioned)
+
+
+def test_another_model_asks_anew_and_so_does_a_run_after_a_failure(collection: Path, tmp_path: Path, curate: Any) -> None:
+    def down(messages: list[dict[str, Any]], number: int) -> Any:
+        return {"__inference_error__": "down"}
+
+    def up(messages: list[dict[str, Any]], number: int) -> Any:
+        return json.dumps(caption_of(pictures(messages)))
+
+    with pytest.raises(RunFailed, match="captioned"):
+        curate(collection, tmp_path, *CAPTION, execute=Answering(down))
+    rows = curate(collection, tmp_path, *CAPTION, execute=Answering(up)).clips.to_pylist()
+    done = [r for r in rows if r["caption"]]
+    assert len(done) >= 6 and not any(r["caption_error"] for r in rows)
+    other = Answering(up)
+    curate(collection, tmp_path, CAPTION[0], "funnel.passes.caption={llm: {model: larger}}", execute=other)
+    assert other.asked[1] == len(done)
+
+
+def test_an_answer_that_breaks_the_parser_costs_one_clip(
+    collection: Path, tmp_path: Path, curate: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Qwen25VLCaptioner.parse
+
+    def touchy(self: Any, text: str, view: Any) -> Any:
+        if "BREAK" in text:
+            raise TypeError("a bug")
+        return real(self, text, view)
+
+    monkeypatch.setattr(Qwen25VLCaptioner, "parse", touchy)
+
+    def reply(messages: list[dict[str, Any]], number: int) -> str:
+        said = caption_of(pictures(messages))
+        odd = {0: "BREAK", 1: "half a pair: \ud800"}
+        return json.dumps({**said, "caption": odd.get(number, said["caption"])})
+
+    rows = curate(collection, tmp_path, *CAPTION, execute=Answering(reply)).clips.to_pylist()
+    assert {r["caption_error"] for r in rows} == {None, "TypeError: a bug"}
+    assert any((r["caption"] or "") == "half a pair: ?" for r in rows)
 
 
 def test_it_needs_ray_and_a_stage_that_asks(collection: Path, tmp_path: Path, curate: Any) -> None:
     with pytest.raises(UserError, match="run without --serial"):
         curate(collection, tmp_path / "a", *CAPTION)
-    with pytest.raises(UserError, match="asks no language model"):
+    for extra in (CAPTION[1], "funnel.passes.label={llm: {model: tiny}}"):
+        with pytest.raises(ConfigError, match="asks no language model of the run"):
+            curate(collection, tmp_path / "b", extra, execute=Answering(lambda *_: ""))
+    with pytest.raises(ConfigError, match=r"funnel\.passes\.caption\.llm=\{model"):
+        curate(collection, tmp_path / "b", CAPTION[0])
+    with pytest.raises(ConfigError, match="works in no pass after the first"):
+        curate(collection, tmp_path / "b", "funnel.passes.segment={gpus: 1}")
+    with pytest.raises(ConfigError, match="asks no language model"):
         passes = [f"funnel.passes.{name}={{}}" for name in ("quality", "caption")]
         model = Answering(lambda *_: "")
         curate(collection, tmp_path / "b", "funnel.passes.motion={llm: {model: tiny}}", *passes, execute=model)
@@ -127,7 +192,7 @@ def test_it_needs_ray_and_a_stage_that_asks(collection: Path, tmp_path: Path, cu
 
 def test_without_vllm_the_error_names_the_extra() -> None:
     with pytest.raises(BackendUnavailable, match=r"pip install -e '\.\[vllm\]'"):
-        curation.executor.language_model(Llm(model="tiny"))
+        OnRay().require(Llm(model="tiny"))
 
 
 @pytest.mark.ray
@@ -147,6 +212,7 @@ def test_the_rounds_run_on_ray_data(collection: Path, tmp_path: Path, curate: An
         return lambda dataset: dataset.map(say)
 
     monkeypatch.setattr(curation.executor, "language_model", stand_in)
+    monkeypatch.setattr(OnRay, "require", lambda *_: None)
     rows = curate(collection, tmp_path, *CAPTION, execute=OnRay()).clips.to_pylist()
     assert {r["caption"] for r in rows} == {"A caption.", None} and not any(r["caption_error"] for r in rows)
     assert MAX_ROUNDS >= 2

@@ -20,6 +20,7 @@ TAGS = Tags(
     style={"anime_2d": "2D anime style", "real": "Realistic."},
     quality={
         "sharp": QualityTag(column="aesthetic_sharpness", min=0.7, words="high definition"),
+        "hdr": QualityTag(column="aesthetic_sharpness", min=0.92, words="HDR"),
         "slow": QualityTag(column="quality_slow_motion", min=0.5, kind="video", words="slow motion", negative=True),
     },
     negative=["flickering", "slow motion"],
@@ -45,6 +46,7 @@ def clips(**columns: list[Any]) -> pa.Table:
         ({"aesthetic_sharpness": [0.9], "quality_slow_motion": [0.8]}, "A dog runs. High definition, slow motion."),
         ({"quality_slow_motion": [0.8], "kind": ["image"]}, "A dog runs."),
         ({"aesthetic_sharpness": [None]}, "A dog runs."),
+        ({"aesthetic_sharpness": [0.95]}, "A dog runs. High definition, HDR."),
         ({"caption": [None], "style": ["real"]}, None),
     ],
 )
@@ -93,6 +95,22 @@ def test_two_reviewers_must_agree(tmp_path: Path) -> None:
         "real",
     ]
     assert review_states(table, None).to_pylist() == ["pending"] * 4 + ["real"] * 3
+
+
+def test_an_opinion_with_a_null_is_none(tmp_path: Path) -> None:
+    table = pa.table({"clip_id": ["a", "b"], "style": ["synthetic"] * 2})
+    opinions = pa.table(
+        {
+            "clip_id": pa.array(["a", "a", "a", "b", "b", None], pa.string()),
+            "reviewer": pa.array(["ann", "bob", "cyd", "ann", None, "dan"], pa.string()),
+            "approved": pa.array([True, True, None, True, True, False], pa.bool_()),
+        }
+    )
+    pq.write_table(opinions, tmp_path / "reviews.parquet")
+    assert review_states(table, str(tmp_path / "reviews.parquet")).to_pylist() == ["approved", "pending"]
+    pq.write_table(pa.table({"clip_id": ["a"], "reviewer": ["ann"], "approved": ["false"]}), tmp_path / "text.parquet")
+    with pytest.raises(UserError, match="true or false"):
+        review_states(table, str(tmp_path / "text.parquet"))
 
 
 def test_a_file_that_is_no_list_of_opinions_is_refused(tmp_path: Path) -> None:

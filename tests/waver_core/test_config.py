@@ -112,7 +112,7 @@ def test_set_makes_a_new_gate_below_an_existing_tier() -> None:
         ("tiers.192p.from=480p", ["tiers.192p.from: no earlier tier '480p'"]),
         ("tiers.480p.aesthetic.minimum=5", ["tiers.480p.aesthetic.minimum: unknown key", "'min'"]),
         ("tiers.480p.aesthetic.min=abc", ["tiers.480p.aesthetic.min", "got 'abc'"]),
-        ("tiers.480p.aesthetic.min=null", ["tiers.480p.aesthetic: a gate needs min, max or equals"]),
+        ("tiers.480p.aesthetic.min=null", ["tiers.480p.aesthetic: a gate needs min, max, equals or present"]),
         ("tiers.480p.motion.min=65", ["tiers.480p.motion: min 65.0 is above max 64.0"]),
         ("tiers.480p.aesthetic.kind=film", ["tiers.480p.aesthetic.kind", "'video' or 'image'"]),
         ("funnel.order=[ingest, segmnt, publish]", ["stage 'segment' has options but is not in funnel.order", "'segmnt'"]),

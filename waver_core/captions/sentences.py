@@ -44,7 +44,7 @@ def full_text(facts: SceneFacts) -> str:
         parts.append(CAMERA_SENTENCES[facts.camera])
     parts += [f"{s[0].upper()}{s[1:]}." for s in spatial_sentences(facts)]
     parts += [f'The text reads "{text}".' for text in facts.texts]
-    return " ".join(parts) or "A video in which nothing was measured with confidence."
+    return " ".join(parts) or "Nothing was measured with confidence."
 
 
 def short_text(facts: SceneFacts) -> str:

@@ -99,7 +99,8 @@ def _checked(raw: Any, path: Path) -> Mapping[str, Mapping[str, list[str]]]:
                 raise ConfigError(
                     f"{path.name}: '{level1} / {level2}' holds {label!r}, which is not a label: only text nests so deep"
                 )
-            plain = _ARTICLE.sub("", label.strip().lower())
+            # Articles, hyphens and spaces make no other action: a model's answer is matched without them too.
+            plain = re.sub(r"[^a-z0-9]", "", _ARTICLE.sub("", label.strip().lower()))
             if plain in places:
                 raise ConfigError(f"{path.name}: '{label}' stands twice, in {places[plain]} and in '{level2}'; remove one")
             places[plain] = f"'{level2}'"

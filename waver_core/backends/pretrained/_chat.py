@@ -82,7 +82,9 @@ def json_object(text: str) -> dict[str, Any]:
         raise ValueError(f"the answer is not valid JSON: {error.msg} at character {error.pos - start}") from error
     except RecursionError:
         raise ValueError("the answer is not valid JSON: it nests without end") from None
-    return dict(value)
+    # Half of a surrogate pair is legal in JSON and in no file: it becomes a question mark.
+    kept: dict[str, Any] = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+    return kept
 
 
 def text_field(value: Mapping[str, Any], key: str) -> str:
