@@ -18,7 +18,7 @@ from curation.serial import Executor
 from curation.stage import StageSet
 from waver_core.manifest import read_index, write_table
 from waver_core.storage import join
-from waver_core.taxonomy import load_taxonomy
+from waver_core.taxonomy import Taxonomy
 
 KEYS = ("label_1", "label_2", "label_3", "dataset")
 NONE = "none"
@@ -75,7 +75,8 @@ def balance_tiers(output: str, clips: pa.Table, tiers: list[str], stages: StageS
     groups = execute.count(uris, KEYS, {tier: f"reason_{tier}" for tier in tiers}).sort_by([(k, "ascending") for k in KEYS])
     chosen = list(options.tiers)
     balance = Balance(groups, {tier: group_weights(groups, groups[tier].to_numpy(), options) for tier in chosen})
-    rows = [row for tier in chosen for row in _requests(tier, balance, clips, options)]
+    taxonomy = stages.named("label").taxonomy
+    rows = [row for tier in chosen for row in _requests(tier, balance, clips, options, taxonomy)]
     rows.sort(key=lambda r: (r["share"], r["tier"], r["label_2"]))
     requests = pa.Table.from_pylist(rows[: options.max_requests], schema=REQUEST_SCHEMA)
     write_table(join(output, "synthetic_requests.parquet"), requests)
@@ -127,9 +128,8 @@ def _normalised(product: np.ndarray, count: np.ndarray, cap: float) -> np.ndarra
     return np.clip(product * float(np.sqrt(low * high)), 1 / cap, cap)
 
 
-def _requests(tier: str, balance: Balance, clips: pa.Table, options: Any) -> list[dict[str, Any]]:
+def _requests(tier: str, balance: Balance, clips: pa.Table, options: Any, taxonomy: Taxonomy) -> list[dict[str, Any]]:
     """Rows of the request table for the second-level classes that stay too rare in a tier whatever their weights."""
-    taxonomy = load_taxonomy()
     groups, weights = balance.groups, balance.weights[tier]
     drawn = groups[tier].to_numpy() * weights
     total = float(drawn.sum())

@@ -21,6 +21,7 @@ import pyarrow.fs
 from fsspec.core import url_to_fs
 
 from curation.serial import Factory, Row, Worker, added_up
+from waver_core.checkpoints import Checkpoint
 from waver_core.config import Llm, Pass
 from waver_core.errors import BackendUnavailable, RunFailed, UserError
 from waver_core.storage import is_local, local_path
@@ -65,6 +66,8 @@ def connect() -> None:
         return
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     environment = {"OMP_NUM_THREADS": "1"}  # parallelism comes from many workers
+    if os.environ.get("OPENWAVER_MODELS"):
+        environment["OPENWAVER_MODELS"] = os.environ["OPENWAVER_MODELS"]
     if not os.environ.get("RAY_ADDRESS"):
         options["include_dashboard"] = False
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH", "")]))
@@ -99,6 +102,7 @@ class OnRay:
         if importlib.util.find_spec("vllm") is None:
             what = f"funnel.passes.*.llm ({model.model})"
             raise BackendUnavailable(f"{what} needs vLLM and GPUs on the machines of the cluster: pip install -e '.[vllm]'")
+        Checkpoint(model.model).locate()  # vLLM would fetch what it lacks in the middle of a run
 
     def converse(
         self, asker: Factory, answerer: Factory, args: tuple[Any, ...], units: Sequence[pa.Table], resources: Pass
@@ -147,7 +151,7 @@ def language_model(settings: Llm) -> Callable[[Any], Any]:
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
     config = vLLMEngineProcessorConfig(
-        model_source=settings.model,
+        model_source=str(Checkpoint(settings.model).locate()),
         engine_kwargs=settings.engine,
         concurrency=settings.replicas,
         batch_size=settings.batch_size,

@@ -60,7 +60,7 @@ def list_(config: ConfigPath = None, profile: Profiles = None, set_: Sets = None
     absent = [c for c in wanted if state_of(c) != "present"]
     console.print(f"{_count(wanted)}, {len(absent)} to fetch ({_size_text(absent)}). Models folder: {models_folder()}")
     for line in _remedies(needs, _options(config, profile, set_)):
-        console.print(line)
+        console.out(line)
 
 
 @app.command("fetch")

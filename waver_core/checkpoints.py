@@ -12,6 +12,7 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from waver_core.config import digest_of
 from waver_core.errors import BackendUnavailable
 
 FETCHED_NAME = "openwaver-fetched.json"
@@ -53,14 +54,24 @@ class Checkpoint:
 
     @property
     def exact_revision(self) -> str:
-        """The commit that was fetched where that is recorded, else the revision asked for."""
+        """The commit that was fetched where that is recorded; of a folder of one's own a digest of its files' names, sizes
+        and times, so that weights put in the place of others count as new; else the revision asked for."""
         try:
             return str(json.loads((self.folder / FETCHED_NAME).read_text())["revision"])
         except (OSError, ValueError, KeyError):
-            return self.revision
+            return f"{self.revision}-local-{_digest_of(self.folder)}" if self.is_own and self.folder.is_dir() else self.revision
+
+    @property
+    def is_own(self) -> bool:
+        """Whether `repo` is the path of a folder, and nothing of the hub's."""
+        return Path(self.repo).expanduser() == self.folder
 
     def locate(self) -> Path:
         """The folder (or, for a URL, the file) to load. Raises `BackendUnavailable` with what to do where it is missing."""
+        if not self.present and self.is_own:
+            raise BackendUnavailable(
+                f"the folder {self.folder}, given as checkpoint, is not there or holds no weights: copy it there"
+            )
         if not self.present:
             size = f"{self.size_mb:,} MB" if self.size_mb else "size unknown"
             asked = self.repo if self.revision == "main" else f"{self.repo} --revision {self.revision}"
@@ -72,6 +83,13 @@ class Checkpoint:
 
 
 _WEIGHTS = {".safetensors", ".pth", ".pt", ".bin", ".pdiparams", ".onnx"}
+
+
+def _digest_of(folder: Path) -> str:
+    stats = [
+        (str(f.relative_to(folder)), f.stat().st_size, f.stat().st_mtime_ns) for f in sorted(folder.rglob("*")) if f.is_file()
+    ]
+    return digest_of(stats)
 
 
 def models_folder() -> Path:

@@ -13,6 +13,7 @@ from curation.stage import BackendUse, Row
 from waver_core.backends.contracts import ActionLabeler
 from waver_core.config import Strict
 from waver_core.manifest import Column
+from waver_core.taxonomy import Taxonomy, load_taxonomy
 
 
 class Options(Strict):
@@ -43,6 +44,11 @@ class Stage(stage.Stage):
     def _labeler(self) -> ActionLabeler:
         labeler: ActionLabeler = self.backends()[0].create()
         return labeler
+
+    @property
+    def taxonomy(self) -> Taxonomy:
+        """The taxonomy that the labels are of."""
+        return getattr(self._labeler, "taxonomy", None) or load_taxonomy()
 
     @property
     def language_model(self) -> Any:

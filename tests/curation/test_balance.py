@@ -133,7 +133,7 @@ def test_what_a_tier_lacks_is_asked_for_with_a_seed_where_there_is_one() -> None
         }
     )
     options = SimpleNamespace(min_share=0.002, prompts_per_class=4, max_requests=100)
-    rows = _requests("ct", Balance(groups, {"ct": np.ones(2)}), clips, options)
+    rows = _requests("ct", Balance(groups, {"ct": np.ones(2)}), clips, options, load_taxonomy())
     pa.Table.from_pylist(rows, schema=REQUEST_SCHEMA)
     classes = {r["label_2"] for r in rows}
     assert classes == {two for below in load_taxonomy().tree.values() for two in below}
@@ -146,7 +146,7 @@ def test_what_a_tier_lacks_is_asked_for_with_a_seed_where_there_is_one() -> None
     assert not any(r.get("seed_uri") for r in rows if r["label_2"] != path.level2)
     options.prompts_per_class = 1000
     groups = groups.set_column(4, "ct", pa.array([1, 99_999]))
-    many = _requests("ct", Balance(groups, {"ct": np.ones(2)}), clips, options)
+    many = _requests("ct", Balance(groups, {"ct": np.ones(2)}), clips, options, load_taxonomy())
     assert [r["prompt"] for r in many if r["label_3"] == path.level3] == ["Fine."]
 
 

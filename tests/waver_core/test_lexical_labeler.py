@@ -231,3 +231,10 @@ def test_it_is_a_labeler_and_its_fingerprint_follows_the_taxonomy(small: Lexical
     assert isinstance(full, ActionLabeler)
     assert small.fingerprint != full.fingerprint
     assert full.fingerprint == LexicalLabeler().fingerprint
+
+
+def test_a_ring_is_a_thing_that_moves() -> None:
+    labeler = create("action_labeler", "lexical")
+    for shape in ("disc", "ring", "star", "cross"):
+        label = labeler.label([f"A medium-sized orange {shape} moves to the left steadily. The camera pans to the right."])[0]
+        assert label.level3 == "object moving to the left", shape

@@ -150,6 +150,10 @@ class QualityJudge(Protocol):
         """One verdict per clip, in order; a clip that cannot be judged gives the exception that says why."""
 
 
+STYLES = ("real", "anime_2d", "anime_3d", "game", "cg", "painting", "other")
+"""The words of `Caption.style` for captioners that judge it (Waver §4.5); `tags.style` in pipelines.yaml turns them into tags."""
+
+
 class SubAction(NamedTuple):
     """Something that happens in a clip, with its start and end in seconds from the clip's own start."""
 
@@ -160,7 +164,8 @@ class SubAction(NamedTuple):
 
 class Caption(NamedTuple):
     """What a clip shows (Waver §3.3). `camera` is one of `waver_core.camera.LABELS`; `spatial` are sentences such as
-    "the red disc is to the left of the blue square", always from the viewer's side."""
+    "the red disc is to the left of the blue square", always from the viewer's side. `style` is one of `STYLES`, or what
+    the clip's row gave, or empty where it is not known."""
 
     text: str
     short: str

@@ -109,6 +109,12 @@ def lemma_of(word: str, part: str) -> str | None:
     return head + dash + lemmas[0] if lemmas else None
 
 
+@cache
+def _is_gerund(word: str) -> bool:
+    """Whether a word is the -ing form of a verb, which "ring", "king" and "morning" are not."""
+    return word.endswith("ing") and lemma_of(word, "VERB") not in (None, word)
+
+
 def guessed_verb(gerund: str) -> str:
     """The verb of a gerund by its spelling alone."""
     head, dash, tail = gerund.rpartition("-")
@@ -240,7 +246,7 @@ def _use_of_present(site: _Site, tags: frozenset[str], lists: Words) -> int:
     if previous in ("and", "or", "then", ","):
         return ACTIVE if object_follows or not noun_too else 0
     living = previous in lists.pronouns or previous in lists.persons or previous in lists.animals
-    if not living and (_describes(previous, lists) or previous.endswith("ing")):
+    if not living and (_describes(previous, lists) or _is_gerund(previous)):
         return 0  # "large waves", "taking steps"
     clear = living or site.before < site.at - 1 or object_follows
     if "VB" not in tags:
@@ -265,7 +271,7 @@ def _waits_for_verb(site: _Site, lists: Words) -> bool:
     """Whether a person or an animal stands before, in this clause, with no verb yet: "a man in an apron grills ..."."""
     for k in range(site.before, site.start - 1, -1):
         word = site.words[k]
-        if word in lists.breaks or word == "," or word in lists.be or word.endswith("ing"):
+        if word in lists.breaks or word == "," or word in lists.be or _is_gerund(word):
             return False
         if word in lists.persons or word in lists.animals:
             after = site.words[k + 1]

@@ -34,7 +34,7 @@ GOOD = {
     "short_caption": "A ball rolls.",
     "sub_actions": [{"text": "the ball rolls", "start_s": 0.0, "end_s": 1.5}],
     "camera": "static",
-    "style": "realistic",
+    "style": "real",
     "spatial_relations": ["The ball is to the left of the box."],
 }
 

@@ -38,8 +38,8 @@ _Found = tuple[tuple[int, ...], ActionLabel]
 class LexicalLabeler:
     """Labels about 20,000 captions of 60 words a second on one core; the index is made once, from the taxonomy."""
 
-    def __init__(self, taxonomy: str | None = None) -> None:
-        labels = load_taxonomy(taxonomy)
+    def __init__(self, taxonomy_path: str | None = None) -> None:
+        self.taxonomy = labels = load_taxonomy(taxonomy_path)
         words = digest_of(WORDS_PATH.read_text(encoding="utf-8"))
         self.fingerprint = f"lexical-1:{labels.digest}:{words}:lemminflect-{importlib.metadata.version('lemminflect')}"
         self._groups, self._entries = build_index(labels)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeGuard
 
-from waver_core.backends.contracts import Caption, ClipView, SubAction
+from waver_core.backends.contracts import STYLES, Caption, ClipView, SubAction
 from waver_core.backends.pretrained._chat import (
     ChatBackend,
     Conversation,
@@ -37,7 +37,7 @@ SCHEMA = object_schema(
     short_caption=_TEXT,
     sub_actions={"type": "array", "items": _SPAN},
     camera={"type": "string", "enum": list(LABELS)},
-    style=_TEXT,
+    style={"type": "string", "enum": list(STYLES)},
     spatial_relations={"type": "array", "items": _TEXT},
 )
 
@@ -79,13 +79,17 @@ class ChatCaptioner(ChatBackend):
         """What the model is shown and asked; raises `ValueError` for a clip without frames."""
         seen = sample(view, self.frames, self.fps, self.short_side_px)
         if view.row.get("kind") == "image":
-            question = filled(self.image_prompt, camera_labels=", ".join(LABELS))
+            question = filled(self.image_prompt, camera_labels=", ".join(LABELS), styles=", ".join(STYLES))
             return [{"role": "user", "content": [image_part(seen.rgb[0]), text_part(question)]}]
         parts = []
         for frame, time_s in zip(seen.rgb, seen.times_s, strict=True):
             parts += [text_part(f"Frame at {time_s:.1f} s:"), image_part(frame)]
         question = filled(
-            self.prompt, frames=str(len(seen.rgb)), duration=f"{seen.duration_s:.1f}", camera_labels=", ".join(LABELS)
+            self.prompt,
+            frames=str(len(seen.rgb)),
+            duration=f"{seen.duration_s:.1f}",
+            camera_labels=", ".join(LABELS),
+            styles=", ".join(STYLES),
         )
         return [{"role": "user", "content": [*parts, text_part(question)]}]
 
@@ -102,13 +106,16 @@ class ChatCaptioner(ChatBackend):
         camera = text_field(value, "camera")
         if camera not in LABELS:
             raise ValueError(f"'camera' must be one of {', '.join(LABELS)}, not '{camera}'")
+        style = text_field(value, "style")
+        if style not in STYLES:
+            raise ValueError(f"'style' must be one of {', '.join(STYLES)}, not '{style}'")
         duration_s = span_of(view)[1]
         return Caption(
             text=text_field(value, "caption"),
             short=text_field(value, "short_caption"),
             sub_actions=tuple(_sub_action(item, duration_s) for item in _list(value, "sub_actions")),
             camera=camera,
-            style=text_field(value, "style"),
+            style=style,
             spatial=tuple(
                 text_field({"spatial_relations": item}, "spatial_relations") for item in _list(value, "spatial_relations")
             ),
