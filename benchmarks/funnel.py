@@ -101,7 +101,12 @@ def without_text() -> list[str]:
     gates = {
         f"tiers.{t}.{name}" for t, gates in tiers.items() for name, g in gates.items() if g.column.startswith("overlay_text")
     }
-    return ["funnel.stages.overlay.text_backend=null", *(f"{gate}={{column: duration_s, min: 0}}" for gate in gates)]
+    off = [
+        "funnel.stages.overlay.text_backend=null",
+        "funnel.stages.quality.backend_options.text_backend=null",
+        "funnel.stages.caption.backend_options.read_text=false",
+    ]
+    return [*off, *(f"{gate}={{column: duration_s, min: 0}}" for gate in gates)]
 
 
 def run_funnel(source: str, overrides: Sequence[str], options: Sequence[str] = (), memory: bool = False) -> dict[str, Any]:

@@ -47,7 +47,7 @@ from waver_core.telemetry import duration_text
 Row = dict[str, Any]
 _SMALL_INPUT_BYTES = 8 << 30
 """Up to this much is digested in the driver: sooner done than workers started."""
-_SMALL_TEXTS = 50_000
+_SMALL_ROWS = 50_000
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,8 @@ def run_funnel(config: Config, input_uri: str, output: str, execute: Executor, c
     }
     publish, counts = stages.named("publish"), count_tiers(clips, tiers)
     publish.write_clips(output, clips, facts)
-    balance = balance_tiers(output, clips, list(tiers), stages, execute)
+    # A group-by over workers takes seconds to set up; the driver adds a small table up in none.
+    balance = balance_tiers(output, clips, list(tiers), stages, execute if len(clips) > _SMALL_ROWS else Serial())
     publish.write_tiers(output, clips, list(tiers), balance, facts)
     write_atomic(join(output, "negative_tags.json"), json.dumps(config.tags.negative_words(), indent=2) + "\n")
 
@@ -261,7 +262,7 @@ def _run_later(part: LaterPass, clips: pa.Table, config: Config, work: WorkFolde
         n_bytes = int(pc.sum(clips["bytes"]).as_py() or 0)
     elif part.hook == "text":
         # Small lots are labelled here sooner than a pool of workers has started, unless the model is to have its own.
-        executor = execute if part.pooled or len(clips) > _SMALL_TEXTS else Serial()
+        executor = execute if part.pooled or len(clips) > _SMALL_ROWS else Serial()
         results, expected = executor.run(TextPass, args, units, part.resources), len(units)
     else:
         sizes = dict(zip(clips["source_id"].to_pylist(), clips["bytes"].to_pylist(), strict=True))
