@@ -38,7 +38,10 @@ from waver_core.synthetic import Video, write_video
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("av", "numpy", "onnxruntime", "opencv-python-headless", "pyarrow", "rapidocr", "ray", "scenedetect-headless")
+PACKAGES = (
+    *("av", "lemminflect", "numpy", "onnxruntime", "opencv-python-headless", "pyarrow", "rapidocr", "ray"),
+    *("scenedetect-headless", "torch", "transformers"),
+)
 
 Work = Annotated[Path, typer.Option("--work", help="Folder for rendered inputs and caches.")]
 Save = Annotated[bool, typer.Option("--save", help="Write the figures to benchmarks/results/.")]

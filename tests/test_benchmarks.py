@@ -10,7 +10,7 @@ import pytest
 from typer import Typer
 from typer.testing import CliRunner
 
-from benchmarks import camera, common, funnel, memory, preview, shots
+from benchmarks import backends, camera, captions, common, funnel, labels, memory, preview, quality, shots
 from curation.shots import Transition
 
 
@@ -19,7 +19,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(common, "RESULTS", tmp_path / "results")
 
     def invoke(name: str, app: Typer, *options: str) -> dict[str, Any]:
-        result = CliRunner().invoke(app, [*options, "--work", str(tmp_path / "work"), "--save"], catch_exceptions=False)
+        work = [] if app in (backends.app, labels.app) else ["--work", str(tmp_path / "work")]
+        result = CliRunner().invoke(app, [*options, *work, "--save"], catch_exceptions=False)
         assert result.exit_code == 0, result.output
         saved = json.loads((tmp_path / "results" / f"{name}.json").read_text())
         assert saved["benchmark"] == name
@@ -65,6 +66,29 @@ def test_memory(run: Any) -> None:
     assert figures["shots"]["frames"] == pytest.approx(144, rel=0.3)
     assert figures["scores"]["clips"] >= 1
     assert figures["scores"]["peak_uss_mb"] > 30
+
+
+def test_backends(run: Any) -> None:
+    figures = run("backends_embedded", backends.app, "--clips", "2", "--batch", "2")
+    assert {row["stage"] for row in figures["backends"]} == {"aesthetic", "overlay", "motion", "quality", "caption", "label"}
+    assert all(row["ms_per_clip"] > 0 for row in figures["backends"])
+
+
+@pytest.mark.ray
+def test_labels(run: Any) -> None:
+    figures = run("labels", labels.app, "--captions", "6000", "--single", "500")
+    assert figures["ray_data"]["captions"] == 6000 and figures["ray_data"]["mean_weight"] == pytest.approx(1.0, rel=1e-3)
+    assert 0.6 < figures["one_process"]["labelled_share"] < 0.9
+
+
+def test_quality(run: Any) -> None:
+    figures = run("quality", quality.app, "--per-issue", "1", "--jobs", "1")
+    assert figures["mean_f1"] > 0.5
+
+
+def test_captions(run: Any) -> None:
+    figures = run("captions", captions.app, "--clips", "4", "--tiny", "2", "--jobs", "1")
+    assert figures["clips"] == 4 and figures["tiny_clips"] == 2
 
 
 def test_shots_are_judged_strictly() -> None:

@@ -141,7 +141,7 @@ def test_the_failure_budget_stops_a_run_that_goes_wrong_and_keeps_what_is_done(t
         (source / f"bad_{index}.mp4").write_text(f"no video {index}" * 20)
     _good(source / "good.mp4")
     budget = ("funnel.failure_budget.max_share=0.3", "funnel.failure_budget.min_items=4")
-    with pytest.raises(RunFailed, match=r"stopped: \d of \d sources failed in the pass 'shots' \(\d not_media\)"):
+    with pytest.raises(RunFailed, match=r"stopped: \d of \d failed in the pass 'shots' \(\d not_media\)"):
         curate(source, tmp_path / "out", *budget)
     assert list((tmp_path / "out" / "work").glob("shots-*/sources-*"))
     assert not (tmp_path / "out" / "report.html").exists()

@@ -170,9 +170,10 @@ def test_a_stricter_tier_keeps_no_clip_that_its_parent_rejects() -> None:
         elif pa.types.is_boolean(field.type):
             columns[field.name] = pa.array(rng.random(4000) < 0.9)
     columns["kind"] = pa.array(["video", "image"] * 2000)
+    columns["caption"] = pa.array(["A caption."] * 4000, mask=rng.random(4000) < 0.02)
     columns["review"] = pa.array(rng.choice(["real", "picked", "approved", "rejected"], 4000))
     failures = first_failures(pa.table(columns), tiers)
-    assert (failures["192p"] < 0).sum() > 100
+    assert (failures["192p"] < 0).sum() > 50
     for tier, parent in config.tier_parents.items():
         if parent is not None:
             # Reviewed generated video is what a later tier lets in anew (Waver §3.5, SFT).

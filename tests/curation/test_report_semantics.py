@@ -82,7 +82,7 @@ def make_clips(rows: int = 70, seed: int = 0) -> pa.Table:
         "caption_spatial": pa.array([t and [f"left of {NASTY}"] for t in text], pa.list_(pa.string())),
         **{f"label_{k + 1}": pa.array([path and path[k] for path in known], pa.string()) for k in range(3)},
         "training_caption": pa.array([t and f"Drawn style. {t} Sharp." for t in text], pa.string()),
-        "synthetic_review": ["approved" if i == 1 else "real" for i in range(rows)],
+        "review": ["approved" if i == 1 else "real" for i in range(rows)],
         "reason_low": pa.array(low, pa.string()),
         "reason_high": pa.array(high, pa.string()),
         "reject_reason": pa.array(low, pa.string()),
