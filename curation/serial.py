@@ -18,6 +18,7 @@ from waver_core.manifest import read_tables
 Row = dict[str, Any]
 Worker = Callable[[list[Row]], list[Row]]
 Factory = Callable[..., Worker]
+_NO_POOL = "funnel.passes.*.llm serves its model through Ray Data: run without --serial, or take another engine"
 
 
 class Executor(Protocol):
@@ -58,13 +59,13 @@ class Serial:
 
     def require(self, model: Llm) -> None:
         """See `Executor`; here there is no pool to put a language model in."""
-        raise UserError("funnel.passes.*.llm serves its model through Ray Data: run without --serial, or take another engine")
+        raise UserError(_NO_POOL)
 
     def converse(
         self, asker: Factory, answerer: Factory, args: tuple[Any, ...], units: Sequence[pa.Table], resources: Pass
     ) -> Iterator[Row]:
-        """See `Executor`; never reached, for `require` refuses first."""
-        raise NotImplementedError
+        """See `Executor`, and `require`, which says the same sooner."""
+        raise UserError(_NO_POOL)
 
     def count(self, uris: Sequence[str], keys: Sequence[str], memberships: dict[str, str]) -> pa.Table:
         """See `Executor`."""

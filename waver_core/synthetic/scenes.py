@@ -15,18 +15,10 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import sqrt
 
-COLOURS: dict[str, tuple[int, int, int]] = {  # sRGB
-    "red": (222, 45, 48),
-    "green": (38, 166, 75),
-    "blue": (41, 98, 222),
-    "yellow": (248, 212, 40),
-    "orange": (246, 134, 24),
-    "purple": (126, 52, 178),
-    "cyan": (28, 200, 220),
-    "magenta": (226, 40, 160),
-    "white": (245, 245, 245),
-    "black": (26, 26, 30),
-}
+from waver_core.captions.colours import PALETTE
+
+COLOURS = PALETTE
+"""sRGB: shapes are painted in the middle of what goes by each name."""
 SHAPE_KINDS = ("disc", "square", "triangle", "star", "ring", "cross", "diamond", "hexagon")
 _D = 1 / sqrt(2)
 DIRECTIONS: dict[str, tuple[float, float]] = {  # unit vectors, x right, y down
