@@ -59,7 +59,7 @@ class Entry(NamedTuple):
 
 
 def build_index(labels: Taxonomy) -> tuple[dict[str, Group], dict[str, Entry]]:
-    """Patterns by verb, and the words of captions that matter to them."""
+    """Patterns by verb, and the words of captions that matter to them; nothing changes them afterwards."""
     lists = load_words()
     things = {name for name, classes in labels.tree.items() if _of_things(label for found in classes.values() for label in found)}
     parsed = [found for order, path in enumerate(labels) if (found := _parse(order, path, lists, path.level1 in things))]

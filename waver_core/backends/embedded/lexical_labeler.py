@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Sequence
+from functools import cache, cached_property
 
 from waver_core.backends.contracts import NO_ACTION, ActionLabel
 from waver_core.config import digest_of
 from waver_core.registry import register
 from waver_core.taxonomy import load_taxonomy
 from waver_core.taxonomy.grammar import ACTIVE, PASSIVE, TOKEN, WORDS_PATH, Words, is_adverb, load_words, use_of
-from waver_core.taxonomy.patterns import Entry, Pattern, build_index
+from waver_core.taxonomy.patterns import Entry, Group, Pattern, build_index
 
 _REACH = 9
 """Tokens between a verb and its object, at most."""
@@ -36,17 +37,28 @@ _Found = tuple[tuple[int, ...], ActionLabel]
 
 @register("action_labeler", "lexical")
 class LexicalLabeler:
-    """Labels about 20,000 captions of 60 words a second on one core; the index is made once, from the taxonomy."""
+    """Labels about 20,000 captions of 60 words a second on one core."""
 
     def __init__(self, taxonomy_path: str | None = None) -> None:
         self.taxonomy = labels = load_taxonomy(taxonomy_path)
         words = digest_of(WORDS_PATH.read_text(encoding="utf-8"))
         self.fingerprint = f"lexical-1:{labels.digest}:{words}:lemminflect-{importlib.metadata.version('lemminflect')}"
-        self._groups, self._entries = build_index(labels)
-        self._camera = load_words().camera
+        self._path = taxonomy_path
+
+    @cached_property
+    def _camera(self) -> frozenset[str]:
+        return load_words().camera
+
+    @cached_property
+    def _groups(self) -> dict[str, Group]:
+        return _index_of(self._path)[0]
+
+    @cached_property
+    def _entries(self) -> dict[str, Entry]:
+        return _index_of(self._path)[1]
 
     def label(self, captions: Sequence[str]) -> list[ActionLabel | Exception]:
-        """One label per caption, in order; NO_ACTION where no label matches."""
+        """One label per caption, in order; NO_ACTION where no label matches. The first call makes the index."""
         return [self._label(caption) for caption in captions]
 
     def _label(self, caption: str) -> ActionLabel:
@@ -113,6 +125,12 @@ class LexicalLabeler:
                     if pattern.keys <= sentence.present.keys():
                         best = sentence.better(best, at, tags, pattern)
         return best
+
+
+@cache
+def _index_of(taxonomy_path: str | None) -> tuple[dict[str, Group], dict[str, Entry]]:
+    """The index of a taxonomy; it takes most of a second, so all labelers of a process share it."""
+    return build_index(load_taxonomy(taxonomy_path))
 
 
 class _Sentence:
