@@ -18,6 +18,7 @@ import numpy as np
 from waver_core.backends.contracts import ISSUES, ClipView, Quality, TextBox, TextDetector, WatermarkScorer
 from waver_core.backends.embedded.issue_looks import Looks, looks_of
 from waver_core.backends.embedded.issue_motion import Moves, moves_of
+from waver_core.errors import UserError
 from waver_core.registry import create, register
 from waver_core.tempo import COLUMNS, PREFIX
 
@@ -63,6 +64,8 @@ class IssueDetectors:
         for clip in clips:
             try:
                 found.append(self._judge(clip))
+            except UserError:  # a missing package is no fault of the clip
+                raise
             except Exception as error:
                 found.append(error)
         return found
