@@ -20,9 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common
 from curation.backend_check import Need, alone, needs_of
-from curation.scores_pass import isolated, sample_clips
+from curation.scores_pass import sample_clips
 from curation.stage import ClipMedia, Row, Stage, load_stages
 from waver_core.config import load_config
+from waver_core.isolation import isolated
 from waver_core.manifest import CLIP_COLUMNS
 from waver_core.synthetic import single_shot, write_video
 from waver_core.video import open_video

@@ -24,13 +24,14 @@ from typing import Any, NamedTuple, get_args
 
 import pyarrow as pa
 
-from curation.scores_pass import isolated, sample_clips
+from curation.scores_pass import sample_clips
 from curation.shots_pass import small_frame
 from curation.stage import BackendUse, Row, SourceFacts, Stage, StageSet, StreamFrame, load_stages
 from waver_core.checkpoints import Checkpoint
 from waver_core.config import Config
 from waver_core.errors import UserError
 from waver_core.fetching import state_of
+from waver_core.isolation import isolated
 from waver_core.manifest import CLIP_COLUMNS, rows_to_table
 from waver_core.synthetic import single_shot, write_video
 from waver_core.video import open_video, quarter_turns

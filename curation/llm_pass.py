@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from curation.passes import LaterPass, later_passes
-from curation.scores_pass import ScoresPass, error_text, isolated
+from curation.scores_pass import ScoresPass, error_text
 from curation.serial import Executor
 from curation.stage import ClipMedia, Frames, Row, load_stages
 from curation.tables import units_by_source
@@ -27,6 +27,7 @@ from curation.workfolder import WorkFolder
 from waver_core.backends.pretrained._chat import Conversation, wire
 from waver_core.config import Config, digest_of
 from waver_core.errors import MediaError, UserError
+from waver_core.isolation import isolated
 from waver_core.manifest import rows_to_table
 from waver_core.telemetry import StageTimer
 

@@ -6,11 +6,10 @@ keep the clip; if none can, the rest is skipped and stays null.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from itertools import groupby, islice
 from operator import itemgetter
-from typing import TypeVar
 
 import cv2
 import numpy as np
@@ -21,11 +20,11 @@ from curation.stage import ClipMedia, FrameRequest, Frames, Row, load_stages
 from curation.workfolder import WorkFolder
 from waver_core.config import Config, digest_of
 from waver_core.errors import MediaError, UserError
+from waver_core.isolation import isolated
 from waver_core.manifest import rows_to_table
 from waver_core.telemetry import StageTimer
 from waver_core.video import OpenVideo, open_video, quarter_turns, read_image, to_rgb
 
-T = TypeVar("T")
 _MAX_ANCHOR_GAP_S = 0.2
 _SAME_TIME_S = 1e-3
 
@@ -116,24 +115,6 @@ class ScoresPass:
         sparse = self._config.funnel.score_reference_frames_only and (source.get("anchor_gap_s") or 1.0) <= _MAX_ANCHOR_GAP_S
         with open_video(source["source_uri"], threads=self._config.funnel.decode_threads, skip_nonref=sparse) as video:
             yield from sample_clips(video, rows, self.requests, timer, f"decode_{self.part.name}")
-
-
-def isolated(call: Callable[[list[T]], list[Row | Exception]], items: list[T]) -> list[Row | Exception]:
-    """A result, or what went wrong, for every item: where a batch fails it is halved, so that one item costs no other."""
-    if not items:
-        return []
-    try:
-        results = call(items)
-    except UserError:
-        raise
-    except Exception as error:
-        if len(items) == 1:
-            return [error]
-        half = len(items) // 2
-        return isolated(call, items[:half]) + isolated(call, items[half:])
-    if len(results) != len(items):  # a bug, and one that would hand captions to the wrong clips
-        raise RuntimeError(f"{len(results)} results for {len(items)} items")
-    return results
 
 
 def error_text(error: Exception) -> str:

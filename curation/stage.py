@@ -21,7 +21,8 @@ import pyarrow as pa
 
 import curation.stages
 from waver_core.config import Config, Strict, validate
-from waver_core.errors import ConfigError, UserError, did_you_mean
+from waver_core.errors import ConfigError, did_you_mean
+from waver_core.isolation import one_by_one
 from waver_core.manifest import Column, build_schema
 from waver_core.registry import create
 from waver_core.video import VideoInfo
@@ -159,15 +160,7 @@ class Stage:
 
         A stage has this or `score`; each is made of the other where it is missing.
         """
-        out: list[Row | Exception] = []
-        for one in media:
-            try:
-                out.append(self.score(one))
-            except UserError:
-                raise
-            except Exception as error:
-                out.append(error)
-        return out
+        return one_by_one(self.score, media)
 
     def annotate(self, rows: Sequence[Row]) -> list[Row | Exception]:
         """Hook `text`: columns, or what went wrong, for every row (clip_id and what the stage `reads`) in the order given."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from curation.passes import later_passes
-from curation.scores_pass import error_text, failures_of, isolated
+from curation.scores_pass import error_text, failures_of
 from curation.stage import Row, load_stages
 from curation.workfolder import WorkFolder
 from waver_core.config import Config, digest_of
+from waver_core.isolation import isolated
 from waver_core.manifest import rows_to_table
 from waver_core.telemetry import StageTimer
 

@@ -16,7 +16,7 @@ from waver_core.captions.facts import SceneFacts
 from waver_core.captions.measure import measure
 from waver_core.captions.reading import TextReader
 from waver_core.captions.sentences import full_text, short_text, spatial_sentences, sub_actions
-from waver_core.errors import UserError
+from waver_core.isolation import one_by_one
 from waver_core.registry import create, register
 
 
@@ -39,15 +39,7 @@ class AttributeCaptioner:
 
     def caption(self, clips: Sequence[ClipView]) -> list[Caption | Exception]:
         """One caption per clip, in order; a clip that cannot be captioned gives the exception that says why."""
-        out: list[Caption | Exception] = []
-        for clip in clips:
-            try:
-                out.append(self._caption(clip))
-            except UserError:  # a missing package is no fault of the clip
-                raise
-            except Exception as error:
-                out.append(error)
-        return out
+        return one_by_one(self._caption, clips)
 
     def facts(self, clip: ClipView) -> SceneFacts:
         """What was measured of one clip: what its caption says, for comparison with a prompt (`captions.comparing`)."""

@@ -18,7 +18,7 @@ import numpy as np
 from waver_core.backends.contracts import ISSUES, ClipView, Quality, TextBox, TextDetector, WatermarkScorer
 from waver_core.backends.embedded.issue_looks import Looks, looks_of
 from waver_core.backends.embedded.issue_motion import Moves, moves_of
-from waver_core.errors import UserError
+from waver_core.isolation import one_by_one
 from waver_core.registry import create, register
 from waver_core.tempo import COLUMNS, PREFIX
 
@@ -60,15 +60,7 @@ class IssueDetectors:
 
     def judge(self, clips: Sequence[ClipView]) -> list[Quality | Exception]:
         """One verdict per clip, each on its own: a batch gives what its clips give one by one."""
-        found: list[Quality | Exception] = []
-        for clip in clips:
-            try:
-                found.append(self._judge(clip))
-            except UserError:  # a missing package is no fault of the clip
-                raise
-            except Exception as error:
-                found.append(error)
-        return found
+        return one_by_one(self._judge, clips)
 
     def _judge(self, clip: ClipView) -> Quality:
         if not len(clip.rgb):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -21,28 +21,12 @@ from typing import Any, TypeVar
 from waver_core.backends.pretrained._chat import Conversation, Schema, text_part, wire
 from waver_core.backends.pretrained._runtime import Pretrained
 from waver_core.errors import BackendUnavailable
+from waver_core.isolation import isolated
 
 S = TypeVar("S")
 T = TypeVar("T")
 _BUSY = frozenset({408, 409, 429, 500, 502, 503, 504})
 _LONGEST_WAIT_S = 60.0
-
-
-def isolated(run: Callable[[Sequence[S]], Sequence[T]], items: Sequence[S]) -> list[T | Exception]:
-    """`run` over all items at once; where that fails, over each alone, so that one bad item costs only itself.
-
-    It also brings a batch that is too large for the memory down to size one.
-    """
-    results: list[T | Exception] = []
-    try:
-        results += run(items)
-    except (RuntimeError, ValueError) as error:
-        if len(items) == 1:
-            return [error.with_traceback(None)]
-    # Outside of the handler, whose exception would keep the failed batch's tensors.
-    for item in items if not results else ():
-        results += isolated(run, [item])
-    return results
 
 
 class TransformersChat:

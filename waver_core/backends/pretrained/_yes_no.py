@@ -20,11 +20,11 @@ import numpy as np
 
 from waver_core.backends.contracts import ISSUES, ClipView, Quality
 from waver_core.backends.pretrained._chat import filled
-from waver_core.backends.pretrained._chat_engines import isolated
 from waver_core.backends.pretrained._frames import Sampled, sample
 from waver_core.backends.pretrained._runtime import Pretrained
 from waver_core.checkpoints import Checkpoint, known_or
 from waver_core.errors import BackendUnavailable, ConfigError
+from waver_core.isolation import isolated
 from waver_core.prompts import Prompt, load_prompt
 
 HIGH_QUALITY = "high_quality"
