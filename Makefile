@@ -7,18 +7,19 @@ VENV_STAMP := $(VENV)/.stamp-venv
 RUN_STAMP := $(VENV)/.stamp-run
 DEV_STAMP := $(VENV)/.stamp-dev
 MODELS_STAMP := $(VENV)/.stamp-models
-CODE := waver_core curation benchmarks tests
+CODE := waver_core curation training benchmarks tests
 
 # Folders reach the shell by the environment, so that names with spaces need no care.
 VIDEOS ?=
 OUT ?=
 PROFILE ?= embedded
-export VIDEOS OUT PROFILE
+CLIPS ?= 480
+export VIDEOS OUT PROFILE CLIPS
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test check format bench models fetch-models check-backends clean setup setup-dev setup-models constraints
+.PHONY: help demo demo-collection test check format bench models fetch-models check-backends clean setup setup-dev setup-models constraints
 
 help:  ## List the targets
 	@echo "make demo                  Render a collection, curate it, write the report (a few minutes)"
@@ -34,6 +35,11 @@ demo: $(RUN_STAMP)  ## Curate a rendered collection, or VIDEOS=/folder, into OUT
 	  out="$${out:-out/run-$$(basename "$$VIDEOS")}"; \
 	fi; \
 	$(PY) curation/run_funnel.py $$profile --input "$$VIDEOS" --output "$$out"
+
+demo-collection: $(RUN_STAMP)  ## Render and curate CLIPS=480 small clips for a tiny model, into OUT=/folder
+	@set -e; out="$${OUT:-out/demo/training}"; \
+	$(PY) -m waver_core.synthetic --training "$$CLIPS" --output "$$out/videos"; \
+	$(PY) curation/run_funnel.py --profile tiny --input "$$out/videos" --output "$$out/curated"
 
 test: $(DEV_STAMP)  ## Run the tests; ARGS="-k name" chooses among them
 	@$(PY) -m pytest $(ARGS)

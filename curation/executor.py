@@ -8,9 +8,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import os
-import re
-import secrets
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +21,7 @@ from curation.serial import Factory, Row, Worker, added_up
 from waver_core.checkpoints import Checkpoint
 from waver_core.config import Llm, Pass
 from waver_core.errors import BackendUnavailable, RunFailed, UserError
+from waver_core.ray_environment import init_options, prepare_private_cluster, user_error_in
 from waver_core.storage import is_local, local_path
 
 _ROOT = str(Path(__file__).resolve().parent.parent)
@@ -58,29 +56,11 @@ class _AskingActor(_Actor):
 
 def connect() -> None:
     """Join the cluster that RAY_ADDRESS names (as `ray job submit` sets it), or start a local one."""
-    if not os.environ.get("RAY_ADDRESS") and "ray" not in sys.modules:
-        _prepare_private_cluster()
+    prepare_private_cluster()
     import ray
 
-    if ray.is_initialized():
-        return
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    environment = {"OMP_NUM_THREADS": "1"}  # parallelism comes from many workers
-    if os.environ.get("OPENWAVER_MODELS"):
-        environment["OPENWAVER_MODELS"] = os.environ["OPENWAVER_MODELS"]
-    if not os.environ.get("RAY_ADDRESS"):
-        options["include_dashboard"] = False
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [_ROOT, os.environ.get("PYTHONPATH", "")]))
-    ray.init(**options, runtime_env={"env_vars": environment})
-
-
-def _prepare_private_cluster() -> None:
-    """Settings that Ray reads when it is imported, and never again."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else every actor pool prints a warning meant for Ray's authors
-    # Ray listens on more than loopback: guard the cluster by a token of its own, and leave no token file in the home.
-    if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    if not ray.is_initialized():
+        ray.init(**init_options())
 
 
 class OnRay:
@@ -218,9 +198,9 @@ def _rows(dataset: Any) -> Iterator[Row]:
                 raise UserError(row[_STOP])
             yield row
     except ray.exceptions.RayError as error:
-        told = re.search(r"waver_core\.errors\.(?:UserError|ConfigError|BackendUnavailable): (.+)", str(error))
+        told = user_error_in(str(error))
         if told:  # what a worker could not hand over as a row
-            raise UserError(told.group(1)) from error
+            raise UserError(told) from error
         first = str(error).strip().splitlines()[-1]
         raise RunFailed(f"the workers failed: {first} (details in the logs of Ray's session)") from error
 

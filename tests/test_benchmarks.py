@@ -10,7 +10,7 @@ import pytest
 from typer import Typer
 from typer.testing import CliRunner
 
-from benchmarks import backends, camera, captions, common, funnel, labels, memory, preview, quality, shots
+from benchmarks import adherence, backends, camera, captions, common, funnel, labels, memory, preview, quality, shots
 from curation.shots import Transition
 
 
@@ -89,6 +89,14 @@ def test_quality(run: Any) -> None:
 def test_captions(run: Any) -> None:
     figures = run("captions", captions.app, "--clips", "4", "--tiny", "2", "--jobs", "1")
     assert figures["clips"] == 4 and figures["tiny_clips"] == 2
+
+
+def test_adherence(run: Any, tmp_path: Path) -> None:
+    sheet = tmp_path / "sheet.png"
+    figures = run("adherence", adherence.app, "--clips", "4", "--jobs", "1", "--verbose", "--sheet", str(sheet))
+    assert figures["rendered"]["both"] == figures["decoded"]["both"] == 1.0
+    assert figures["rendered"]["outline_sure"] == 1.0
+    assert sheet.stat().st_size > 0
 
 
 def test_shots_are_judged_strictly() -> None:

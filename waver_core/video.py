@@ -331,6 +331,7 @@ def write_mp4(
                 if stream is None:
                     stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf), "preset": preset})
                     stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+                    stream.codec_context.thread_count = 1  # with more, small pictures come out in other bytes each time
                 picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[:height, :width]), format="rgb24")
                 picture.pts, picture.time_base = count, 1 / rate
                 container.mux(stream.encode(picture))

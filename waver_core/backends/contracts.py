@@ -204,3 +204,40 @@ class ActionLabeler(Protocol):
 
     def label(self, captions: Sequence[str]) -> list[ActionLabel | Exception]:
         """One label per caption, in order; a caption that cannot be labelled gives the exception that says why."""
+
+
+@runtime_checkable
+class VideoAutoencoder(Protocol):
+    """Pixels to latents and back (Waver §2: the Wan 2.1 VAE). Causal: the first latent frame sees the first frame only."""
+
+    fingerprint: str
+
+    def encode(self, clips: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """uint8 [T, H, W, 3], T = 1 + 4k, H and W multiples of 8 -> float32 [16, 1+k, H/8, W/8], normalised (about unit
+        variance over all). Clips may differ in shape. Raises `UserError` for a shape that has no latent."""
+
+    def decode(self, latents: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """float32 [16, 1+k, h, w] -> uint8 [1+4k, 8h, 8w, 3]."""
+
+
+@runtime_checkable
+class TextEncoder(Protocol):
+    """Prompts as sequences of vectors (Waver §2.1: flan-t5-xxl and Qwen2.5-32B-Instruct)."""
+
+    fingerprint: str
+    dim: int
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """float32 [L, dim] per text, L its true number of tokens: at least 1 (the empty text too), no padding, and what
+        stands beyond the encoder's `max_tokens` is cut off. A text's vectors do not depend on its neighbours in the batch."""
+
+
+@runtime_checkable
+class FeatureExtractor(Protocol):
+    """Semantic features of a clip, to which the DiT's own are aligned (Waver §4.2: Qwen2.5-VL)."""
+
+    fingerprint: str
+    dim: int
+
+    def extract(self, clips: Sequence[np.ndarray], grids: Sequence[tuple[int, int, int]]) -> list[np.ndarray]:
+        """uint8 [T, H, W, 3] and the wanted grid (Tf, Hf, Wf) of each clip -> float32 [Tf, Hf, Wf, dim]."""

@@ -1,7 +1,7 @@
 """Procedural videos with exactly known ground truth, for the demo, the tests and the benchmarks.
 
 Describe a video with frozen dataclasses (`scenes`), or have one made from a seed (`random_video`, `single_shot`,
-`demo_collection`); then `render` its frames, ask for its `truth`, or write it. From the shell:
+`demo_collection`, `training_collection`); then `render` its frames, ask for its `truth`, or write it. From the shell:
 ``python -m waver_core.synthetic --output DIR``.
 """
 
@@ -29,6 +29,7 @@ from waver_core.synthetic.scenes import (
     Transition,
     Video,
 )
+from waver_core.synthetic.training_collection import TRAINING_COLOURS, TRAINING_DIRECTIONS, training_collection
 from waver_core.synthetic.writing import write_collection, write_video
 
 __all__ = [
@@ -39,6 +40,8 @@ __all__ = [
     "DIRECTIONS",
     "PALETTES",
     "SHAPE_KINDS",
+    "TRAINING_COLOURS",
+    "TRAINING_DIRECTIONS",
     "Background",
     "Border",
     "Camera",
@@ -56,6 +59,7 @@ __all__ = [
     "render",
     "shape_path_px",
     "single_shot",
+    "training_collection",
     "truth",
     "truth_rows",
     "write_collection",

@@ -1,4 +1,4 @@
-"""``python -m waver_core.synthetic --output DIR``: write the demo collection, or random videos."""
+"""``python -m waver_core.synthetic --output DIR``: write the demo collection, random videos, or the training collection."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from waver_core.synthetic import demo_collection, random_video, write_collection
+from waver_core.synthetic import demo_collection, random_video, training_collection, write_collection
 
 
 def _print_file(path: Path, known: dict[str, Any]) -> None:
@@ -25,14 +25,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", required=True, type=Path, help="folder for the files, made if missing")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another collection (default 0)")
     parser.add_argument("--random", type=int, metavar="N", help="N random clean videos in place of the demo collection")
+    parser.add_argument("--training", type=int, metavar="N", help="N small clips and pictures for a tiny model to learn from")
     parser.add_argument("--shots", type=int, default=5, metavar="K", help="shots in a random video (default 5)")
     options = parser.parse_args(arguments)
-    for name in ("random", "shots"):
+    for name in ("random", "shots", "training"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1")
     if options.seed < 0:
         parser.error("--seed must be 0 or more")
-    if options.random is None:
+    if options.random is not None and options.training is not None:
+        parser.error("--random and --training are two collections: give one of them")
+    if options.training is not None:
+        videos = training_collection(options.training, options.seed)
+    elif options.random is None:
         videos = demo_collection(options.seed)
     else:
         videos = [random_video(options.seed + number, n_shots=options.shots) for number in range(options.random)]

@@ -1,0 +1,1 @@
+"""From a tier's manifest to the samples of every step."""
