@@ -32,7 +32,7 @@ class Measures:
             self._sums[:, 0].index_add_(0, rows, flow)
             self._sums[:, 1].index_add_(0, rows, torch.ones_like(flow))
         if losses.alignment is not None:
-            self._sums[0] += torch.tensor([float(losses.alignment.detach().double().sum()), len(examples)])
+            self._sums[0] += torch.tensor([float(losses.alignment.detach().double().sum()), len(examples)], dtype=torch.float64)
 
     def report(self, worker: Worker) -> dict[str, float]:
         """Means over all workers since the last report, by name; starts anew."""

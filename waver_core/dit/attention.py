@@ -22,6 +22,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
     Bidirectional, scaled by 1/sqrt(d), without dropout. On a GPU in half precision unequal segments go to a kernel for variable
     lengths: flash-attn's where it is installed, else torch's own. Elsewhere they go to SDPA, in groups of like length.
     """
+    q, k = q.to(v.dtype), k.to(v.dtype)  # autocast leaves what was normalised in fp32
     if plan.q_index is not None:
         q, k, v = q[plan.q_index], k[plan.k_index], v[plan.k_index]
     out = segmented(q, k, v, plan.q_lengths, plan.k_lengths)

@@ -36,13 +36,13 @@ def modulated(x_ND: Tensor, shift_SD: Tensor, scale_SD: Tensor, segments: Segmen
     """x (1 + scale) + shift with each sample's own."""
     x, scale = segments.spread(x_ND, scale_SD)
     _, shift = segments.spread(x_ND, shift_SD)
-    return (x * (1 + scale) + shift).view_as(x_ND)
+    return torch.addcmul(shift, x, 1 + scale).view_as(x_ND)
 
 
 def gated(x_ND: Tensor, update_ND: Tensor, gate_SD: Tensor, segments: Segments) -> Tensor:
     """x + gate * update with each sample's own gate."""
     update, gate = segments.spread(update_ND, gate_SD)
-    return x_ND + (gate * update).view_as(x_ND)
+    return torch.addcmul(x_ND.view_as(update), gate, update).view_as(x_ND)
 
 
 class Stream(nn.Module):

@@ -36,6 +36,8 @@ class DiTConfig:
             raise ConfigError(f"a model needs blocks: {self.dual_blocks} dual and {self.single_blocks} single are none")
         if self.heads < 1 or self.head_dim < 8 or self.head_dim % 2:
             raise ConfigError(f"{self.heads} heads of {self.head_dim}: at least one head of an even size of 8 or more is needed")
+        if len(self.max_grid) != 3 or min(self.max_grid) < 1:
+            raise ConfigError(f"max_grid is {self.max_grid}: it holds three numbers, most tokens along time, height and width")
         if not self.text_dims:
             raise ConfigError("text_dims is empty: the model reads at least one text encoder")
 

@@ -74,6 +74,10 @@ class WaverDiT(nn.Module):
         are wanted (§4.2).
         """
         self._check(layout)
+        if tap is not None and not 1 <= tap <= self.config.blocks:
+            raise UserError(f"block {tap} of {self.config.blocks} cannot be tapped: count from 1 (alignment.block of the recipe)")
+        dtype = self.video_in.weight.dtype  # bf16 where weights are; inputs come in fp32, and timesteps and angles stay so
+        patches, texts = patches.to(dtype), [text.to(dtype) for text in texts]
         time = F.silu(self.time_in(timestep_features(timesteps).to(patches.dtype)))
         video = self.video_in(patches) + self.positions(layout.positions).to(patches.dtype)
         text = self._text(texts, layout)

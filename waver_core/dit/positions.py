@@ -20,10 +20,15 @@ def rope_angles(positions_N3: Tensor, dims: tuple[int, int, int], theta: float =
 
 
 def rotate(x_NHd: Tensor, cos_N1d: Tensor, sin_N1d: Tensor) -> Tensor:
-    """Turn neighbouring pairs of dimensions: cos and sin are fp32 [N, 1, d / 2]; the result has the type of x."""
-    even, odd = x_NHd.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([even * cos_N1d - odd * sin_N1d, even * sin_N1d + odd * cos_N1d], dim=-1)
-    return turned.flatten(-2).to(x_NHd.dtype)
+    """Turn pairs of dimensions: cos and sin are fp32 [N, 1, d / 2]; dimension i pairs with i + d / 2. The result has the type
+    of x."""
+    first, second = x_NHd.float().chunk(2, dim=-1)
+    turned = torch.cat([first * cos_N1d - second * sin_N1d, second * cos_N1d + first * sin_N1d], dim=-1)
+    return turned.to(x_NHd.dtype)
+
+
+_PHASES = (0.0, 1.2, 2.5)
+"""Not thirds of a turn: those add up to nothing wherever time, row and column are equal."""
 
 
 class FactorisedPositions(nn.Module):
@@ -39,14 +44,15 @@ class FactorisedPositions(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Sinusoids over the width, each axis from another third of the frequencies' phase."""
+        """Sinusoids over the width, of another phase for each axis."""
         with torch.no_grad():
             for axis, table in enumerate(self.tables):
-                table.copy_(_sinusoids(table.shape[0], table.shape[1], phase=axis * 2.0944).to(table.device))
+                table.copy_(_sinusoids(table.shape[0], table.shape[1], phase=_PHASES[axis]).to(table.device))
 
     def forward(self, positions_N3: Tensor) -> Tensor:
         """int64 [N, 3] -> [N, D]."""
-        return sum((table[positions_N3[:, axis]] for axis, table in enumerate(self.tables)), start=torch.zeros(()))  # type: ignore[return-value,unused-ignore]
+        time, row, column = (table[positions_N3[:, axis]] for axis, table in enumerate(self.tables))
+        return time + row + column
 
 
 def _sinusoids(length: int, width: int, phase: float) -> Tensor:

@@ -1,0 +1,149 @@
+"""Entry script of the training plane: one stage of Waver Table 2.
+
+python training/stage.py --stage t2v_192p_12fps --curated out/curated --output out/training
+ray job submit --working-dir . -- python training/stage.py --stage sft --profile full --curated s3://... --output /mnt/run
+
+Encodes what is not encoded yet, starts from the export of the stage before, goes on where it was stopped, and leaves
+`<output>/<stage>/export`: safetensors and recipe.yaml.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file: the root, not this folder, holds the packages
+
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from training.command_line import ConfigPath, Profiles, Sets, Stage, new_console, recipe_of
+from training.command_line import run as run_command_line
+from training.encode import Resources, encode
+from training.export import check_parent
+from training.job import Job, text_dims
+from training.recipe import Recipe
+from waver_core.errors import UserError
+from waver_core.storage import exists, is_local, join, local_path
+from waver_core.telemetry import duration_text
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.command()
+def main(
+    stage: Stage,
+    output: Annotated[str, typer.Option("--output", help="Folder of the run; every stage has a folder in it.")] = "out/training",
+    curated: Annotated[list[str] | None, typer.Option("--curated", help="Output of the funnel; repeat for several.")] = None,
+    from_: Annotated[
+        str | None, typer.Option("--from", help="Export to start from (default: that of the stage before, in the same run).")
+    ] = None,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="Start from random weights, whatever the lineage.")
+    ] = False,
+    on_the_fly: Annotated[bool, typer.Option("--on-the-fly", help="Encode while training and keep nothing.")] = False,
+    workers: Annotated[int | None, typer.Option("--workers", min=1, help="Workers (default: training.workers.count).")] = None,
+    config: ConfigPath = None,
+    profile: Profiles = None,
+    set_: Sets = None,
+    serial: Annotated[bool, typer.Option("--serial", help="Run in this process, without Ray (for debugging).")] = False,
+) -> None:
+    """Train one stage on curated manifests. Run it again to go on where it stopped."""
+    sets = [*(set_ or []), *([f"training.workers.count={workers}"] if workers else [])]
+    recipe = recipe_of(stage, config, profile, sets)
+    console = new_console()
+    run = str(Path(output).resolve())
+    sources = tuple(_absolute(uri) for uri in curated or ())
+    parent = None if from_scratch else _parent(recipe, run, from_)
+    if parent is not None:
+        check_parent(parent, _model_fields(recipe), recipe.after, stage=stage)
+    samples = None if on_the_fly else _encoded(recipe, run, sources, serial, console)
+    if on_the_fly and not sources:
+        raise UserError("--on-the-fly encodes from the funnel's output: give --curated")
+    job = Job(recipe, run, samples, sources, parent)
+    job.open_samples()  # what is wrong with them is told before workers start
+    _announce(job, console)
+    summary = _train(job, console, serial)
+    told = f", {summary['skipped']} skipped as spikes" if summary["skipped"] else ""
+    console.print(f"{stage}: {summary['steps']:,} steps{told}. Averaged weights: {job.export_folder}")
+
+
+def _train(job: Job, console: Console, serial: bool) -> dict[str, Any]:
+    if not serial:
+        from training.launch import train_on_ray  # importing Ray takes a second; --help and errors need it not
+
+        return train_on_ray(job, console)
+    import torch
+
+    from training.group import Worker
+    from training.launch import shown_progress
+    from training.loop import train
+
+    if job.recipe.workers.threads:
+        torch.set_num_threads(job.recipe.workers.threads)
+    with shown_progress(job, console) as show:
+        return train(job, Worker(device="cuda" if job.recipe.workers.gpus else "cpu"), show)
+
+
+def _parent(recipe: Recipe, run: str, given: str | None) -> str | None:
+    """The export that the stage starts from. Raises `UserError` where its lineage wants one that is not there."""
+    if given is not None:
+        return str(Path(given).resolve())
+    if recipe.after is None:
+        return None
+    folder = join(run, recipe.after, "export")
+    if not exists(join(folder, "recipe.yaml")):
+        raise UserError(
+            f"{recipe.stage} starts from {recipe.after}, and {folder} is not there: train {recipe.after} with this --output, "
+            "give its export with --from, or say --from-scratch"
+        )
+    return folder
+
+
+def _encoded(recipe: Recipe, run: str, curated: tuple[str, ...], serial: bool, console: Console) -> str:
+    """The folder of the stage's encoded samples; made, or brought up to date, where the funnel's output is given."""
+    folder = join(run, "encoded", recipe.stage)
+    if curated:
+        encode(recipe, curated, run, console, Resources(serial, None, recipe.workers.gpus and 1.0))
+    elif not exists(join(folder, "index.json")):
+        raise UserError(f"no encoded samples at {folder}: give the funnel's output with --curated")
+    return folder
+
+
+def _model_fields(recipe: Recipe) -> dict[str, Any]:
+    from training.trainee import model_config
+
+    return model_config(recipe, text_dims(recipe)).to_dict()
+
+
+def _announce(job: Job, console: Console) -> None:
+    """What is about to be trained, on what, in how many steps."""
+    from training.data.plan import Plan
+
+    source, facts = job.open_samples()
+    plan = Plan(source.table, job.recipe, facts.dropped)
+    table = Table(title=f"{job.recipe.stage}: {plan.total_steps():,} steps", title_justify="left", header_style="bold")
+    for name in ("samples", "trained on", "held out", "drawn per epoch", "micro-batches", "room used", "clips left out"):
+        table.add_column(name, justify="left" if name == "samples" else "right")
+    for kind, told in plan.report.items():
+        left_out = f"{sum(told['dropped'].values()):,} ({told['dropped_share']:.1%})"
+        counts = [f"{told[key]:,}" for key in ("samples", "held_out", "drawn", "micro_batches")]
+        table.add_row(kind, *counts, f"{told['efficiency']:.1%}", left_out)
+    console.print(table)
+    begin = f"from {job.parent}" if job.parent else "from random weights"
+    limit = job.recipe.schedule.max_minutes
+    console.print(
+        f"Model {job.recipe.model.preset} {begin}, {job.recipe.workers.count} workers; metrics, samples and checkpoints in "
+        f"{job.folder}" + (f"; ends after {duration_text(60 * limit)} of training" if limit else "")
+    )
+
+
+def _absolute(uri: str) -> str:
+    return str(Path(local_path(uri)).resolve()) if is_local(uri) else uri
+
+
+if __name__ == "__main__":
+    run_command_line(app)
