@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from training.checkpoint import Checkpoints, Progress
 from training.conditioning import Conditioner, Example, generator_of
+from training.curves import draw_curve
 from training.data.epochs import Draw, Step
 from training.data.plan import Plan
 from training.ema import Ema
@@ -111,6 +111,8 @@ class _Run:
                 self._validate(step, report)
             if self.previews is not None and (last or step % self.recipe.sampling.every_steps == 0):
                 self._preview(step)
+            if self.worker.leads and (last or (schedule.validate_every_steps and step % schedule.validate_every_steps == 0)):
+                draw_curve(self.job.folder, self.recipe.stage)
             if self.checkpoints.due(step) or last:
                 self.checkpoints.save(self._progress_at(step), self.trainee, self.ema, self.optimizer)
             if last:
@@ -242,8 +244,3 @@ def _adamw(trainee: Trainee, recipe: Recipe) -> torch.optim.AdamW:
     others = [p for name, p in named if p.ndim <= 1 or ".positions." in name]
     groups = [{"params": matrices, "weight_decay": recipe.optimizer.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=recipe.optimizer.lr, betas=recipe.optimizer.betas, eps=recipe.optimizer.eps)
-
-
-def stage_folder(output: str | Path, stage: str) -> Path:
-    """Where a stage of a run keeps everything."""
-    return Path(output) / stage

@@ -68,7 +68,8 @@ def main(
     _announce(job, console)
     summary = _train(job, console, serial)
     told = f", {summary['skipped']} skipped as spikes" if summary["skipped"] else ""
-    console.print(f"{stage}: {summary['steps']:,} steps{told}. Averaged weights: {job.export_folder}")
+    console.print(f"{stage}: {summary['steps']:,} steps{told}. Averaged weights: {job.export_folder}", soft_wrap=True)
+    console.print(f"Loss: {job.folder / 'loss.png'}", soft_wrap=True)
 
 
 def _train(job: Job, console: Console, serial: bool) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -57,7 +58,11 @@ def picture() -> Callable[[int], np.ndarray]:
 
 
 def test_a_seed_makes_the_same_latents_alone_and_in_any_batch(spy: Spy) -> None:
-    tasks = [Task("a red disc", VIDEO, 7), Task("a blue one moves to the left", IMAGE, 8), Task("green", VIDEO, 9, negative="blur")]
+    tasks = [
+        Task("a red disc", VIDEO, 7),
+        Task("a blue one moves to the left", IMAGE, 8),
+        Task("green", VIDEO, 9, negative="blur"),
+    ]
     together = spy.latents(tasks, **SETTINGS)
     again = spy.latents(tasks[::-1], **SETTINGS)[::-1]
     for task, out, reordered in zip(tasks, together, again, strict=True):
@@ -67,7 +72,8 @@ def test_a_seed_makes_the_same_latents_alone_and_in_any_batch(spy: Spy) -> None:
 
 
 def test_seed_and_prompt_and_negative_prompt_decide(spy: Spy) -> None:
-    tasks = [Task("a red disc", VIDEO, 7), Task("a red disc", VIDEO, 8), Task("a blue disc", VIDEO, 7), Task("a red disc", VIDEO, 7, "dark")]
+    task = Task("a red disc", VIDEO, 7)
+    tasks = [task, replace(task, seed=8), replace(task, prompt="a blue disc"), replace(task, negative="dark")]
     results = spy.latents(tasks, **SETTINGS)
     assert all((results[0] - other).abs().max() > 1e-3 for other in results[1:])
 

@@ -41,7 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         videos = demo_collection(options.seed)
     else:
         videos = [random_video(options.seed + number, n_shots=options.shots) for number in range(options.random)]
-    write_collection(videos, options.output, on_file=_print_file)
+    many = options.training is not None  # hundreds of files of a kind: one line for all
+    write_collection(videos, options.output, on_file=None if many else _print_file)
+    if many:
+        print(f"{len(videos)} small clips and pictures in {options.output}", flush=True)
 
 
 if __name__ == "__main__":

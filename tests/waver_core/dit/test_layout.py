@@ -11,11 +11,8 @@ from waver_core.dit.layout import WINDOWS, AttentionPlan, Layout, Segments, wind
 from waver_core.shapes import LatentShape
 
 GRIDS = st.tuples(st.integers(1, 5), st.integers(1, 9), st.integers(1, 9))
-SAMPLES = st.lists(
-    st.tuples(st.tuples(st.integers(1, 2), st.integers(2, 5), st.integers(2, 5)), st.lists(st.integers(1, 3), min_size=2, max_size=2)),
-    min_size=1,
-    max_size=4,
-)
+SHAPE = st.tuples(st.integers(1, 2), st.integers(2, 5), st.integers(2, 5))
+SAMPLES = st.lists(st.tuples(SHAPE, st.lists(st.integers(1, 3), min_size=2, max_size=2)), min_size=1, max_size=4)
 
 
 def layout_of(samples: list[tuple[tuple[int, int, int], list[int]]]) -> Layout:

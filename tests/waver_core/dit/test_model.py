@@ -22,7 +22,7 @@ def velocities(model: WaverDiT, batch: Any) -> list[Tensor]:
 
 def loss(outputs: list[Tensor]) -> Tensor:
     """A sum over samples with a weight for every number."""
-    return sum((v * torch.linspace(-1, 1, v.numel()).view_as(v)).sum() for v in outputs)  # type: ignore[return-value]
+    return sum((v * torch.linspace(-1, 1, v.numel()).view_as(v)).sum() for v in outputs)
 
 
 def near(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:
