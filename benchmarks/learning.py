@@ -136,7 +136,8 @@ def main(
     source = curated(clips, seed, work)
     run = output or work / f"learning-run-{int(time.time())}"
     started = time.monotonic()
-    train(_T2V, run, source, f"training.schedule.max_minutes={minutes}", "training.schedule.max_steps=100000")
+    limits = f"training.stages.{_T2V}.schedule={{max_minutes: {minutes}, max_steps: 100000}}"
+    train(_T2V, run, source, limits, "training.sampling.every_steps=0")
     stage_s = time.monotonic() - started
     generator, recipe = loaded(run, _T2V)
     steps = read_metrics(run / _T2V)[-1]["step"]
@@ -153,7 +154,7 @@ def main(
             said[prompt.colour, prompt.direction] = ", ".join(marks)
         adherence.contact_sheet(videos, said).save(sheet)
     if i2v_steps:
-        train(_I2V, run, source, f"training.schedule.max_steps={i2v_steps}")
+        train(_I2V, run, source, f"training.stages.{_I2V}.schedule.max_steps={i2v_steps}", "training.sampling.every_steps=0")
         generator, recipe = loaded(run, _I2V)
         found |= {"i2v_steps": i2v_steps, **first_frames(generator, recipe, 24, 2000)}
         shown = [(name, value) for name, value in found.items() if name.startswith(("i2v_", "codec", "t2v_first"))]

@@ -144,7 +144,7 @@ class _Run:
             (losses.total.sum() * weight).backward()
             if number < own:
                 loss += losses.total.detach().double().sum().cpu() / samples
-                self.measures.add(examples, losses)
+                self.measures.add(batch, losses)
         loss = self.worker.sum(loss)
         rate = self.recipe.optimizer.lr * self._rate_factor(step, total)
         for group in self.optimizer.param_groups:
@@ -209,8 +209,9 @@ class _Run:
             held_out = self.plan.held_out()
             found = held_out_losses(self.trainee, held_out, self.source, self.conditioner, self.worker)
         self.trainee.train()
-        self._log(step, found)
-        report({"step": step, **found})
+        if found:  # a small collection may have no source to spare
+            self._log(step, found)
+            report({"step": step, **found})
 
     def _preview(self, step: int) -> None:
         assert self.previews is not None

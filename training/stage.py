@@ -26,6 +26,7 @@ from training.encode import Resources, encode
 from training.export import check_parent
 from training.job import Job, text_dims
 from training.recipe import Recipe
+from training.trainee import model_config
 from waver_core.errors import UserError
 from waver_core.storage import exists, is_local, join, local_path
 from waver_core.telemetry import duration_text
@@ -58,8 +59,9 @@ def main(
     run = str(Path(output).resolve())
     sources = tuple(_absolute(uri) for uri in curated or ())
     parent = None if from_scratch else _parent(recipe, run, from_)
+    model = model_config(recipe, text_dims(recipe)).to_dict()
     if parent is not None:
-        check_parent(parent, _model_fields(recipe), recipe.after, stage=stage)
+        check_parent(parent, model, recipe.after, stage=stage)
     samples = None if on_the_fly else _encoded(recipe, run, sources, serial, console)
     if on_the_fly and not sources:
         raise UserError("--on-the-fly encodes from the funnel's output: give --curated")
@@ -112,12 +114,6 @@ def _encoded(recipe: Recipe, run: str, curated: tuple[str, ...], serial: bool, c
     elif not exists(join(folder, "index.json")):
         raise UserError(f"no encoded samples at {folder}: give the funnel's output with --curated")
     return folder
-
-
-def _model_fields(recipe: Recipe) -> dict[str, Any]:
-    from training.trainee import model_config
-
-    return model_config(recipe, text_dims(recipe)).to_dict()
 
 
 def _announce(job: Job, console: Console) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from training.recipe import Recipe
+from waver_core.config import digest_of
 from waver_core.errors import BackendUnavailable
 
 METRICS_NAME = "metrics.jsonl"
@@ -81,7 +82,12 @@ class _Wandb:
             raise BackendUnavailable(f"the tracker wandb needs its package ({error}): pip install wandb") from error
         # The id follows from the folder, so that a restarted run goes on in the same chart.
         self._run = wandb.init(
-            project="openwaver", id=recipe.digest, name=recipe.stage, dir=str(folder), resume="allow", config=recipe.model_dump()
+            project="openwaver",
+            id=digest_of(str(folder)),
+            name=recipe.stage,
+            dir=str(folder),
+            resume="allow",
+            config=recipe.model_dump(),
         )
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:

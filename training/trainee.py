@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from training.conditioning import Example
 from training.recipe import Recipe
 from waver_core.dit import DiTConfig, WaverDiT, preset
+from waver_core.errors import UserError
 from waver_core.flow.objectives import alignment_loss, flow_loss
 from waver_core.shapes import LatentShape
 
@@ -54,6 +55,8 @@ class Trainee(nn.Module):
             if feature_dim is None:
                 raise ValueError("alignment needs the width of the features")
             self.tap = aligned_block(recipe.alignment.block, config.blocks)
+            if self.tap > config.blocks:
+                raise UserError(f"alignment.block is {self.tap}, but the model has {config.blocks} blocks: choose one of them")
             self.alignment = AlignmentHead(config.width, recipe.alignment.hidden, feature_dim)
 
     def forward(self, examples: Sequence[Example]) -> Losses:

@@ -91,8 +91,8 @@ class DiTConfig:
 PRESETS: dict[str, DiTConfig] = {
     # Waver Table 1. 16 x 36 D^2 + 40 x 18 D^2 with D = 3072: 12.3 B parameters (tests count them on the meta device).
     "waver_12b": DiTConfig(dual_blocks=16, single_blocks=40, heads=24, head_dim=128),
-    "waver_1b": DiTConfig(dual_blocks=8, single_blocks=20, heads=12, head_dim=128),
-    "waver_200m": DiTConfig(dual_blocks=4, single_blocks=10, heads=12, head_dim=64),
+    "waver_1b": DiTConfig(dual_blocks=8, single_blocks=20, heads=12, head_dim=128, full_blocks=4),
+    "waver_200m": DiTConfig(dual_blocks=4, single_blocks=10, heads=12, head_dim=64, full_blocks=2),
     "tiny": DiTConfig(dual_blocks=2, single_blocks=4, heads=4, head_dim=32, max_grid=(16, 32, 32), full_blocks=1),
     # Fig. 5: the same number of parameters in pure streams; a dual block has twice those of a single one.
     "waver_12b_dual": DiTConfig(dual_blocks=36, single_blocks=0, heads=24, head_dim=128),
