@@ -14,19 +14,20 @@ VIDEOS ?=
 OUT ?=
 PROFILE ?= embedded
 CLIPS ?= 480
-export VIDEOS OUT PROFILE CLIPS
+MINUTES ?= 4
+export VIDEOS OUT PROFILE CLIPS MINUTES
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo demo-collection test check format bench models fetch-models check-backends clean setup setup-dev setup-models constraints
+.PHONY: help demo demo-training test check format bench models fetch-models check-backends clean setup setup-dev setup-models constraints
 
 help:  ## List the targets
-	@echo "make demo                  Render a collection, curate it, write the report (a few minutes)"
-	@echo "make demo VIDEOS=/folder   The same with your own videos"
+	@echo "make demo                  Render a collection, curate it, train a tiny model, sample it (about eight minutes)"
+	@echo "make demo VIDEOS=/folder   Curate your own videos"
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | grep -v '^demo:' | awk -F ':.*## ' '{printf "make %-21s %s\n", $$1, $$2}'
 
-demo: $(RUN_STAMP)  ## Curate a rendered collection, or VIDEOS=/folder, into OUT=/folder
+demo: $(RUN_STAMP)  ## Curate a rendered collection and train on another, or curate VIDEOS=/folder, into OUT=/folder
 	@set -e; out="$$OUT"; profile=""; \
 	if [ -z "$$VIDEOS" ]; then \
 	  out="$${out:-out/demo}"; VIDEOS="$$out/videos"; profile="--profile demo"; \
@@ -34,12 +35,21 @@ demo: $(RUN_STAMP)  ## Curate a rendered collection, or VIDEOS=/folder, into OUT
 	else \
 	  out="$${out:-out/run-$$(basename "$$VIDEOS")}"; \
 	fi; \
-	$(PY) curation/run_funnel.py $$profile --input "$$VIDEOS" --output "$$out"
+	$(PY) curation/run_funnel.py $$profile --input "$$VIDEOS" --output "$$out"; \
+	if [ -n "$$profile" ]; then $(MAKE) --no-print-directory demo-training OUT="$$out/training"; fi
 
-demo-collection: $(RUN_STAMP)  ## Render and curate CLIPS=480 small clips for a tiny model, into OUT=/folder
-	@set -e; out="$${OUT:-out/demo/training}"; \
+demo-training: $(RUN_STAMP)  ## Render and curate CLIPS=480 small clips, train a tiny model on them for MINUTES=4, sample it
+	@set -e; out="$${OUT:-out/demo/training}"; stage=t2v_192p_12fps; \
 	$(PY) -m waver_core.synthetic --training "$$CLIPS" --output "$$out/videos"; \
-	$(PY) curation/run_funnel.py --profile tiny --input "$$out/videos" --output "$$out/curated"
+	$(PY) curation/run_funnel.py --profile tiny --input "$$out/videos" --output "$$out/curated"; \
+	$(PY) training/stage.py --profile embedded --profile tiny --stage "$$stage" --curated "$$out/curated" --output "$$out/run" \
+	  --set "training.stages.$$stage.schedule.max_minutes=$$MINUTES"; \
+	$(PY) training/sample.py --export "$$out/run/$$stage/export" --output "$$out/samples/sample.mp4" --sheet "$$out/samples/sheet.jpg" \
+	  --prompt "A medium-sized red disc moves to the left over a white background." \
+	  --prompt "A medium-sized green disc moves to the right over a beige background." \
+	  --prompt "A medium-sized blue disc moves up over a white background." \
+	  --prompt "A medium-sized magenta disc moves down over a beige background."; \
+	echo "Filmstrips of the four: $$out/samples/sheet.jpg"
 
 test: $(DEV_STAMP)  ## Run the tests; ARGS="-k name" chooses among them
 	@$(PY) -m pytest $(ARGS)

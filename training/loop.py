@@ -94,14 +94,13 @@ class _Run:
     def to_the_end(self, report: Report) -> dict[str, Any]:
         """All steps that are left, then the export."""
         total, schedule = self.plan.total_steps(), self.recipe.schedule
-        step = self.progress.step
+        step = done = self.progress.step
         self.trainee.train()
-        for step, drawn, batches in self._prefetched(self.progress.step, total):
+        for step, drawn, batches in self._prefetched(done, done if self._out_of_time() else total):
             started = time.monotonic()
             numbers = self._step(step, total, drawn, batches)
             self.trained_s += self._agreed(time.monotonic() - started)
-            out_of_time = schedule.max_minutes is not None and self.trained_s >= 60 * schedule.max_minutes
-            last = step == total or out_of_time
+            last = step == total or self._out_of_time()
             if step % schedule.log_every_steps == 0 or last:
                 numbers |= self.measures.report(self.worker)
                 fraction = self._fraction(step, total)
@@ -191,6 +190,10 @@ class _Run:
         """How much of the stage is done: by steps, or by time where `max_minutes` will end it sooner."""
         minutes = self.recipe.schedule.max_minutes
         return min(1.0, max(step / total, 0.0 if minutes is None else self.trained_s / (60 * minutes)))
+
+    def _out_of_time(self) -> bool:
+        minutes = self.recipe.schedule.max_minutes
+        return minutes is not None and self.trained_s >= 60 * minutes
 
     def _rate_factor(self, step: int, total: int) -> float:
         optimizer = self.recipe.optimizer

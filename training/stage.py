@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from training.checkpoint import latest, read_complete
 from training.command_line import ConfigPath, Profiles, Sets, Stage, new_console, recipe_of
 from training.command_line import run as run_command_line
 from training.encode import Resources, encode
@@ -131,9 +132,12 @@ def _announce(job: Job, console: Console) -> None:
         table.add_row(kind, *counts, f"{told['efficiency']:.1%}", left_out)
     console.print(table)
     begin = f"from {job.parent}" if job.parent else "from random weights"
+    stopped = latest(str(job.folder / "checkpoints"))
+    if stopped is not None:
+        begin = f"goes on after step {read_complete(stopped)['progress']['step']:,}"
     limit = job.recipe.schedule.max_minutes
     console.print(
-        f"Model {job.recipe.model.preset} {begin}, {job.recipe.workers.count} workers; metrics, samples and checkpoints in "
+        f"Model {job.recipe.model.preset} {begin}, workers: {job.recipe.workers.count}; metrics, samples and checkpoints in "
         f"{job.folder}" + (f"; ends after {duration_text(60 * limit)} of training" if limit else "")
     )
 
