@@ -68,11 +68,11 @@ def loaded(output: Path, stage: str) -> tuple[Generator, Recipe]:
     return load_generator(exported, recipe), recipe
 
 
-def sampled(generator: Generator, recipe: Recipe, tasks: list[Task]) -> list[np.ndarray]:
+def sampled(generator: Generator, recipe: Recipe, tasks: list[Task], hold: bool = True) -> list[np.ndarray]:
     """uint8 [T, H, W, 3] of every task, with the recipe's own sampling."""
     sampling = recipe.sampling
     guidance = Apg(scale=sampling.guidance_scale, norm_threshold=sampling.norm_threshold)
-    latents = generator.latents(tasks, steps=sampling.steps, shift=sampling.shift, guidance=guidance)
+    latents = generator.latents(tasks, steps=sampling.steps, shift=sampling.shift, guidance=guidance, hold=hold)
     return generator.decode(latents)
 
 
@@ -91,26 +91,37 @@ def adherence_of(generator: Generator, recipe: Recipe, rounds: int, seed: int) -
 
 
 def first_frames(generator: Generator, recipe: Recipe, clips: int, seed: int) -> dict[str, float]:
-    """How near the first frame of image-to-video samples is to the given one: mean PSNR, beside that of the codec alone (what
-    could be reached) and that of text-to-video with the same prompts and seeds (what chance gives). Scenes of another seed."""
+    """How near the first frame of image-to-video samples is to the given one: mean PSNR, held as `Generator.latents` does and as
+    the model copies it by itself, beside that of the codec alone (what could be reached) and that of text-to-video with the same
+    prompts and seeds (what chance gives). Scenes of another seed. The step ratio is the change from the first frame to the second
+    over that of the true clips, which a first frame that was merely pasted in would raise."""
     size = recipe.video_sizes[0]
     videos = [v for v in training_collection(clips * 2, seed) if v.file.suffix == ".mp4"][:clips]
-    frames = [adherence.tiny_clip(v, 1, side_px=size[0])[0] for v in videos]
+    true = [adherence.tiny_clip(v, recipe.frame_counts[-1], recipe.fps or 4.0, size[0]) for v in videos]
+    frames = [clip[0] for clip in true]
     prompts = [adherence.prompt_for(v).short for v in videos]
     shape = VideoShape(recipe.frame_counts[-1], *size)
     given = [Task(p, shape, seed + k, first_frame=f) for k, (p, f) in enumerate(zip(prompts, frames, strict=True))]
     free = [Task(p, shape, seed + k) for k, p in enumerate(prompts)]
     codec = generator.autoencoder.decode(generator.autoencoder.encode([f[None] for f in frames]))
-    made, chance = sampled(generator, recipe, given), sampled(generator, recipe, free)
+    passed = generator.autoencoder.decode(generator.autoencoder.encode(true))
+    made, copied, chance = (sampled(generator, recipe, tasks, h) for tasks, h in ((given, True), (given, False), (free, True)))
     verdicts = [adherence.judge(m, recipe.fps or 4.0, adherence.prompt_for(v)) for m, v in zip(made, videos, strict=True)]
     return {
         "i2v_first_frame_psnr_db": float(np.mean([psnr(m[0], f) for m, f in zip(made, frames, strict=True)])),
         "i2v_first_frame_worst_db": float(np.min([psnr(m[0], f) for m, f in zip(made, frames, strict=True)])),
+        "i2v_unheld_psnr_db": float(np.mean([psnr(m[0], f) for m, f in zip(copied, frames, strict=True)])),
+        "i2v_first_step_ratio": _first_step(made) / _first_step(passed),
         "codec_psnr_db": float(np.mean([psnr(c[0], f) for c, f in zip(codec, frames, strict=True)])),
         "t2v_first_frame_psnr_db": float(np.mean([psnr(c[0], f) for c, f in zip(chance, frames, strict=True)])),
         "i2v_colour": float(np.mean([v.colour_right for v in verdicts])),
         "i2v_direction": float(np.mean([v.direction_right for v in verdicts])),
     }
+
+
+def _first_step(clips: list[np.ndarray]) -> float:
+    """Mean squared change from the first frame to the second."""
+    return float(np.mean([np.mean((c[1].astype(np.float64) - c[0].astype(np.float64)) ** 2) for c in clips]))
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:

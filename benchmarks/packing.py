@@ -2,8 +2,8 @@
 
     python benchmarks/packing.py
 
-Lengths: clips of 2 to 10 s, evenly spread, at 16 fps and 192x352 or 480x864, cut to the lengths that training takes, and text of 40
-to 500 tokens. Beside it, what padding every sample to the longest of its capacity would leave of the room.
+Lengths: clips of 2 to 10 s, evenly spread, at 16 fps and 192x352 or 480x864, cut to the lengths that training takes, and text of
+40 to 500 tokens. Beside it, what padding every sample to the longest of them would leave of the room.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """From a drawn sample to what the model is shown and what it must predict (Waver §2.1, §2.2, §4.3).
 
 Everything random about a sample (its noise, timestep, caption, whether its first frame is given) comes from a generator that
-is seeded by (seed, epoch, sample, repeat) alone. So it is the same on any number of workers and after any restart.
+is seeded by (seed, stage, epoch, sample, repeat) alone. So it is the same on any number of workers and after any restart.
 """
 
 from __future__ import annotations

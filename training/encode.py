@@ -18,8 +18,9 @@ import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import typer
 from rich.console import Console
@@ -29,14 +30,23 @@ from rich.table import Table
 from training.command_line import ConfigPath, Profiles, Sets, Stage, new_console, recipe_of
 from training.command_line import run as run_command_line
 from training.data.samples import build_samples, check_dropped
-from training.data.shards import describe_encoders, encoded_folder, publish, recipe_facts
+from training.data.shards import INDEX_NAME, EncodedSamples, describe_encoders, encoded_folder, publish, recipe_facts
 from training.encoding import ClipEncoder
-from training.encoding_units import Job, UnitEncoder, clear_attempts, content_keys, cut, finished, published_samples
+from training.encoding_units import (
+    Job,
+    UnitEncoder,
+    clear_attempts,
+    content_keys,
+    cut,
+    finished,
+    published_samples,
+    unpacked_arrays,
+)
 from training.recipe import Recipe
 from waver_core.config import digest_of
 from waver_core.errors import RunFailed, UserError
 from waver_core.shapes import VideoShape
-from waver_core.storage import is_local, join, local_path, make_folder, size_and_mtime
+from waver_core.storage import exists, is_local, join, local_path, make_folder, size_and_mtime
 from waver_core.telemetry import duration_text
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -105,7 +115,8 @@ def encode(
     units = cut(samples, keys, done.keys, samples_per_shard)
     console.print(f"Encoding {len(samples):,} samples of {recipe.stage}, {len(done.keys):,} of them done before, to {folder}")
     job = Job(folder, recipe, samples.schema, uuid.uuid4().hex[:12])
-    failed = _watch(_run(job, units, resources), sum(map(len, units)), len(samples) * max_failed_share, console)
+    watched = _watch(_run(job, units, resources), sum(map(len, units)), len(samples) * max_failed_share, console)
+    failed = watched.failed
     parts, table = published_samples(samples, keys, finished(folder, keys))
     if not len(table):
         raise RunFailed(f"not one of {len(samples):,} samples could be encoded: {_commonest(failed)}")
@@ -119,7 +130,8 @@ def encode(
         "failed": failed,
         "dropped": built.dropped,
     }
-    index = publish(folder, parts, table, encoder.constants(), facts)
+    constants = watched.constants or _constants_before(folder, encoder) or encoder.constants()
+    index = publish(folder, parts, table, constants, facts)
     clear_attempts(folder)
     _summary(index, table, time.monotonic() - started, folder, console)
     return index
@@ -134,9 +146,27 @@ def _run(job: Job, units: Sequence[pa.Table], resources: Resources) -> Iterator[
     return run_units(UnitEncoder, (job,), units, actors=resources.actors, gpus=resources.gpus_per_actor)
 
 
-def _watch(results: Iterable[dict[str, Any]], total: int, budget: float, console: Console) -> list[dict[str, str]]:
-    """Follow the units, print how far they are, and return the failures; raises `RunFailed` once they are beyond the budget."""
+class _Watched(NamedTuple):
+    """What came of the units."""
+
+    failed: list[dict[str, str]]
+    constants: dict[str, np.ndarray]
+    """Empty where no unit was left to do."""
+
+
+def _constants_before(folder: str, encoder: ClipEncoder) -> dict[str, np.ndarray]:
+    """Those of the set that is published there, if it was made the same way: loading the encoders here may not be possible."""
+    if not exists(join(folder, INDEX_NAME)):
+        return {}
+    before = EncodedSamples(folder)
+    same = before.index["encoders"] == describe_encoders(encoder.recipe) and set(encoder.constant_names) <= set(before.constants)
+    return before.constants if same else {}
+
+
+def _watch(results: Iterable[dict[str, Any]], total: int, budget: float, console: Console) -> _Watched:
+    """Follow the units and print how far they are; raises `RunFailed` once failures are beyond the budget."""
     failed: list[dict[str, str]] = []
+    constants: dict[str, np.ndarray] = {}
     started = last_line = time.monotonic()
     count = first = 0
     for result in results:
@@ -144,6 +174,8 @@ def _watch(results: Iterable[dict[str, Any]], total: int, budget: float, console
             started, first = time.monotonic(), result["samples"]
         count += result["samples"]
         failed += json.loads(result["failed"])
+        if result["constants"] and not constants:
+            constants = unpacked_arrays(result["constants"])
         if len(failed) > budget:
             told = f"{len(failed):,} of {count:,} samples could not be encoded, more than --max-failed-share allows"
             raise RunFailed(f"{told}: {_commonest(failed)}")
@@ -152,7 +184,7 @@ def _watch(results: Iterable[dict[str, Any]], total: int, budget: float, console
             last_line = now
             left = duration_text((now - started) * (total - count) / (count - first))
             console.print(f"{count:,} of {total:,} encoded, {len(failed):,} failed, about {left} left")
-    return sorted(failed, key=lambda failure: failure["sample_id"])
+    return _Watched(sorted(failed, key=lambda failure: failure["sample_id"]), constants)
 
 
 def _summary(index: dict[str, Any], table: pa.Table, seconds: float, folder: str, console: Console) -> None:

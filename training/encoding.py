@@ -39,6 +39,18 @@ class ClipEncoder:
         """Widths of the vectors: {text: [dim of each encoder], features: dim or None}."""
         return {"text": [int(e.dim) for e in self._text], "features": int(self._features.dim) if self._features else None}
 
+    @property
+    def recipe(self) -> Recipe:
+        """What is encoded for."""
+        return self._recipe
+
+    @property
+    def constant_names(self) -> list[str]:
+        """Names in `constants`."""
+        sizes = dict.fromkeys((*self._recipe.video_sizes, *self._recipe.image_sizes))
+        texts = [f"empty_text_{k}" for k in range(len(self._recipe.encoders.text))]
+        return [*texts, *(f"black_{height}x{width}" for height, width in sizes)]
+
     def constants(self) -> dict[str, np.ndarray]:
         """What all samples share: `empty_text_K` [L, dim] of each text encoder, and `black_HxW` [16, 1, h, w], the latents of
         a black image of each pixel size of the recipe. float32, rounded as samples are."""

@@ -6,8 +6,9 @@ after more clips were curated, encodes what no shard has yet. Samples that faile
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -137,10 +138,12 @@ class UnitEncoder:
     def __init__(self, job: Job) -> None:
         self._job = job
         self._encoder = ClipEncoder(job.recipe)
+        self._constants: bytes | None = None
 
     def __call__(self, rows: list[Row]) -> list[Row]:
         """Rows of one unit -> one row that tells: part (null where all failed), samples, failed (JSON: sample_id, source_uri,
-        reason). An empty unit gives nothing. Raises `UserError` as `ClipEncoder.encode`."""
+        reason), constants (NPZ, with a worker's first unit: the driver may be too small for the encoders). An empty unit gives
+        nothing. Raises `UserError` as `ClipEncoder.encode`."""
         if not rows:
             return []
         unit = digest_of([row["content_key"] for row in rows])
@@ -150,7 +153,10 @@ class UnitEncoder:
         failed = [_failure(row, result) for row, result in zip(rows, results, strict=True) if isinstance(result, Exception)]
         part = write_part(self._job.folder, unit, encoded, self._job.schema) if encoded else None
         attempts.end()
-        return [{"part": part, "samples": len(rows), "failed": json.dumps(failed)}]
+        told = {"part": part, "samples": len(rows), "failed": json.dumps(failed), "constants": b""}
+        if self._constants is None:
+            self._constants = told["constants"] = packed_arrays(self._encoder.constants())
+        return [told]
 
     def _one_at_a_time(self, rows: list[Row], attempts: _Attempts) -> list[Row | Exception]:
         """The same after a worker has died on this unit: the sample that kills workers is found and given up."""
@@ -163,6 +169,19 @@ class UnitEncoder:
             results += self._encoder.encode([row])
             attempts.survived(row["sample_id"])
         return results
+
+
+def packed_arrays(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """Arrays by name as the bytes of an NPZ file."""
+    buffer, given = io.BytesIO(), dict(arrays)
+    np.savez(buffer, **given)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def unpacked_arrays(data: bytes) -> dict[str, np.ndarray]:
+    """The way back."""
+    with np.load(io.BytesIO(data)) as arrays:
+        return {name: arrays[name] for name in arrays.files}
 
 
 def _failure(row: Row, error: Exception) -> dict[str, str]:

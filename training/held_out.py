@@ -1,4 +1,4 @@
-"""The held-out loss at fixed timesteps: the one number that is comparable between runs, stages and settings.
+"""The held-out loss at fixed timesteps: what runs on the same samples, sizes and encoders can be compared by.
 
 Samples of sources that are never trained on, each with its own fixed noise, nothing dropped, nothing given; averaged weights.
 """

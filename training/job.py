@@ -11,6 +11,7 @@ from training.data.on_the_fly import ClipSamples
 from training.data.samples import build_samples
 from training.data.shards import EncodedSamples, check_fingerprints, describe_encoders
 from training.recipe import Recipe
+from waver_core.config import digest_of
 from waver_core.registry import create
 from waver_core.storage import join
 
@@ -24,6 +25,8 @@ class SampleFacts:
     feature_dim: int | None
     encoders: Mapping[str, Any]
     """Fingerprints, as exports record them."""
+    digest: str
+    """Changes when any sample does: the order of training belongs to one set of samples."""
 
     @property
     def shared_encoders(self) -> dict[str, Any]:
@@ -61,12 +64,12 @@ class Job:
             encoded = EncodedSamples(self.samples)
             check_fingerprints(encoded.index, self.recipe)
             dims = encoded.index["dims"]
-            facts = SampleFacts(encoded.index["dropped"], tuple(dims["text"]), dims.get("features"), encoded.index["encoders"])
-            return encoded, facts
+            made, digest = encoded.index["encoders"], encoded.index["sample_digest"]
+            return encoded, SampleFacts(encoded.index["dropped"], tuple(dims["text"]), dims.get("features"), made, digest)
         built = build_samples([join(folder, "tiers", self.recipe.tier) for folder in self.curated], self.recipe)
-        return ClipSamples(built.table, self.recipe), SampleFacts(
-            built.dropped, text_dims(self.recipe), feature_dim(self.recipe), describe_encoders(self.recipe)
-        )
+        made, digest = describe_encoders(self.recipe), digest_of([built.table["sample_id"].to_pylist(), self.recipe.stage])
+        dims = (text_dims(self.recipe), feature_dim(self.recipe))
+        return ClipSamples(built.table, self.recipe), SampleFacts(built.dropped, *dims, made, digest)
 
 
 def text_dims(recipe: Recipe) -> tuple[int, ...]:

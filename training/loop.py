@@ -34,6 +34,7 @@ from training.sharding import shard
 from training.spikes import SpikeGuard
 from training.trackers import trackers
 from training.trainee import Trainee, model_config
+from waver_core.errors import UserError
 
 Report = Callable[[dict[str, Any]], None]
 
@@ -82,11 +83,18 @@ class _Run:
             record=record_of(recipe, self.facts),
         )
         self.progress = self.checkpoints.restore(self.trainee, self.ema, self.optimizer) or Progress(0)
+        self.sample_digest = facts.digest
+        if self.progress.scalars.get("sample_digest", facts.digest) != facts.digest:
+            raise UserError(
+                f"the samples have changed since step {self.progress.step} of {recipe.stage}, so the order of its data cannot go "
+                f"on: train into another --output, or delete {job.folder / 'checkpoints'} to begin anew"
+            )
         if self.progress.spike_guard:
             self.guard.load_state_dict(self.progress.spike_guard)
         if "measures" in self.progress.scalars:
             self.measures.load(self.progress.scalars["measures"], worker)
         self.trained_s = float(self.progress.scalars.get("trained_s", 0.0))
+        self.samples_seen, self.tokens_seen = self.progress.samples_seen, self.progress.tokens_seen
         self.trackers = trackers(recipe, job.folder, self.progress.step) if worker.leads else []
         wanted = recipe.sampling.every_steps and (recipe.sampling.prompts or recipe.task == "refine")
         self.previews = Previews(recipe, self.trainee.dit, job.folder / "samples") if wanted else None
@@ -150,6 +158,8 @@ class _Run:
             group["lr"] = rate
         norm = torch.nn.utils.clip_grad_norm_(self.trainee.parameters(), self.recipe.optimizer.max_grad_norm)
         norm_value = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        self.samples_seen += samples
+        self.tokens_seen += self.plan.tokens(drawn)
         accepted = self.guard.accepts(step, float(loss), norm_value)
         if accepted:
             self.optimizer.step()
@@ -237,8 +247,9 @@ class _Run:
 
     def _progress_at(self, step: int) -> Progress:
         epoch, within = self.plan.locate(step - 1)
-        scalars = {"measures": self.measures.state(self.worker), "trained_s": self.trained_s}
-        return Progress(step, epoch, within + 1, scalars=scalars, spike_guard=self.guard.state_dict())
+        state = {"measures": self.measures.state(self.worker), "trained_s": self.trained_s, "sample_digest": self.sample_digest}
+        seen = (self.samples_seen, self.tokens_seen)
+        return Progress(step, epoch, within + 1, *seen, scalars=state, spike_guard=self.guard.state_dict())
 
 
 def _adamw(trainee: Trainee, recipe: Recipe) -> torch.optim.AdamW:

@@ -30,6 +30,7 @@ class Previews:
         self.recipe, self.folder = recipe, folder
         autoencoder, text = encoders_by_name(recipe.encoders.model_dump(), create)
         self._generator = Generator(dit, autoencoder, text, recipe.data.text_multiple)
+        self._generator.keep_texts([] if recipe.task == "refine" else [*recipe.sampling.prompts, self._negative()])
 
     def make(self, step: int, *, write: bool) -> list[Path]:
         """Make one sample of every prompt. All workers that share the model call it; `write` on one of them."""
@@ -58,7 +59,7 @@ class Previews:
         weight = (recipe.refinement.noise_min + recipe.refinement.noise_max) / 2
         texts = [tuple(torch.from_numpy(v) for v in sample.texts[0]) for sample in samples]
         latents = self._generator.refined_latents(
-            starts, tasks, texts, steps=recipe.sampling.steps, shift=recipe.shift, noise_weight=weight
+            starts, tasks, texts, steps=recipe.sampling.steps, shift=recipe.sampling.shift, noise_weight=weight
         )
         if not write:
             return []

@@ -136,7 +136,7 @@ class Sampling(Strict):
     seconds: float = Field(5.0, gt=0)
     steps: int = Field(40, ge=1)
     shift: float = Field(7.0, gt=0)
-    """At inference (Waver §4.3)."""
+    """Of the timesteps at inference; larger than any in training."""
     guidance_scale: float = Field(8.0, ge=1)
     norm_threshold: float = Field(27.0, ge=0)
     seed: int = 0
@@ -167,13 +167,12 @@ class Workers(Strict):
     """Times a dead worker is replaced; the stage goes on from its last checkpoint."""
     threads: int | None = Field(None, ge=1)
     """Threads of torch in each worker; None takes what `cpus` says."""
-    compile: bool = False
     dtype: Literal["float32", "bfloat16"] = "float32"
     """In which the forward and backward are computed; weights, reductions and the optimiser are fp32."""
 
 
 class Volume(Strict):
-    """Clips that the report's stage saw, in millions."""
+    """Clips that the report's stage saw, in millions. Kept with the recipe for comparison; what is drawn follows the manifest."""
 
     video: float
     image: float
@@ -296,7 +295,9 @@ def load_recipe(config: Config, stage: str) -> Recipe:
         "image_sizes": _sizes(config, [image] if isinstance(image, str) else image or [], f"{where}.image", video=False),
     }
     fixed = {"stage": stage, "after": after, "fps": raw.pop("fps", None), "profiles": config.profiles}
-    tags = {"negative_tags": config.tags.negative_words()}
+    # Words that no caption held mean nothing to the model: tags stand in the training caption only.
+    tagged = "training_caption" in (shared["data"].get("captions") or {"training_caption": 1})
+    tags = {"negative_tags": config.tags.negative_words() if tagged else []}
     recipe: Recipe = validate(Recipe, {**raw, **fixed, **tags, **sizes, **shared}, where)
     return recipe
 

@@ -24,7 +24,7 @@ from training.checkpoint import latest, read_complete
 from training.command_line import ConfigPath, Profiles, Sets, Stage, new_console, recipe_of
 from training.command_line import run as run_command_line
 from training.encode import Resources, encode
-from training.export import check_parent
+from training.export import check_parent, read_record
 from training.job import Job, text_dims
 from training.recipe import Recipe
 from training.trainee import model_config
@@ -44,7 +44,7 @@ def main(
         str | None, typer.Option("--from", help="Export to start from (default: that of the stage before, in the same run).")
     ] = None,
     from_scratch: Annotated[
-        bool, typer.Option("--from-scratch", help="Start from random weights, whatever the lineage.")
+        bool, typer.Option("--from-scratch", help="Begin with random weights, lineage or not; checkpoints go on.")
     ] = False,
     on_the_fly: Annotated[bool, typer.Option("--on-the-fly", help="Encode while training and keep nothing.")] = False,
     workers: Annotated[int | None, typer.Option("--workers", min=1, help="Workers (default: training.workers.count).")] = None,
@@ -57,7 +57,9 @@ def main(
     sets = [*(set_ or []), *([f"training.workers.count={workers}"] if workers else [])]
     recipe = recipe_of(stage, config, profile, sets)
     console = new_console()
-    run = str(Path(output).resolve())
+    if not is_local(output):
+        raise UserError(f"--output {output}: weights are mapped from files, so give a folder that all workers have mounted")
+    run = str(Path(local_path(output)).resolve())
     sources = tuple(_absolute(uri) for uri in curated or ())
     parent = None if from_scratch else _parent(recipe, run, from_)
     model = model_config(recipe, text_dims(recipe)).to_dict()
@@ -123,6 +125,12 @@ def _announce(job: Job, console: Console) -> None:
 
     source, facts = job.open_samples()
     plan = Plan(source.table, job.recipe, facts.dropped)
+    workers, shared = job.recipe.workers.count, job.recipe.data.micro_batches_per_step
+    if workers > shared:
+        raise UserError(
+            f"{workers} workers share {shared} micro-batches a step, so some would have nothing to do: raise "
+            "training.data.micro_batches_per_step or lower training.workers.count"
+        )
     table = Table(title=f"{job.recipe.stage}: {plan.total_steps():,} steps", title_justify="left", header_style="bold")
     for name in ("samples", "trained on", "held out", "drawn per epoch", "micro-batches", "room used", "clips left out"):
         table.add_column(name, justify="left" if name == "samples" else "right")
@@ -135,6 +143,10 @@ def _announce(job: Job, console: Console) -> None:
     stopped = latest(str(job.folder / "checkpoints"))
     if stopped is not None:
         begin = f"goes on after step {read_complete(stopped)['progress']['step']:,}"
+        before, now = read_record(stopped)["recipe"], job.recipe.model_dump(mode="json")
+        changed = [key for key in now if now[key] != before.get(key) and key not in ("workers", "schedule", "profiles")]
+        if changed:
+            console.print(f"Changed since that step: {', '.join(changed)}. The run is no longer the one that was begun.")
     limit = job.recipe.schedule.max_minutes
     console.print(
         f"Model {job.recipe.model.preset} {begin}, workers: {job.recipe.workers.count}; metrics, samples and checkpoints in "

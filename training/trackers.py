@@ -98,13 +98,16 @@ class _Wandb:
 
 
 class _MLflow:
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, folder: Path, recipe: Recipe) -> None:
         try:
             import mlflow
         except ImportError as error:
             raise BackendUnavailable(f"the tracker mlflow needs its package ({error}): pip install mlflow") from error
         self._mlflow = mlflow
-        mlflow.start_run(run_name=recipe.stage, tags={"recipe": recipe.digest})
+        known = folder / "mlflow-run-id"  # so that a restarted run goes on in the same curve
+        before = known.read_text() if known.exists() else None
+        run = mlflow.start_run(run_id=before, run_name=None if before else recipe.stage, tags={"recipe": recipe.digest})
+        known.write_text(run.info.run_id)
 
     def log(self, step: int, numbers: Mapping[str, float]) -> None:
         self._mlflow.log_metrics({name.replace("/", "."): value for name, value in numbers.items()}, step=step)
@@ -123,5 +126,5 @@ def trackers(recipe: Recipe, folder: Path, start_step: int) -> Sequence[Tracker]
         elif name == "wandb":
             found.append(_Wandb(folder, recipe))
         else:
-            found.append(_MLflow(recipe))
+            found.append(_MLflow(folder, recipe))
     return found

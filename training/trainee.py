@@ -56,7 +56,8 @@ class Trainee(nn.Module):
                 raise ValueError("alignment needs the width of the features")
             self.tap = aligned_block(recipe.alignment.block, config.blocks)
             if self.tap > config.blocks:
-                raise UserError(f"alignment.block is {self.tap}, but the model has {config.blocks} blocks: choose one of them")
+                told = f"alignment.block {recipe.alignment.block} lies beyond the last block"
+                raise UserError(f"{told}: give one of the report's 56, of which the one at the same depth is taken")
             self.alignment = AlignmentHead(config.width, recipe.alignment.hidden, feature_dim)
 
     def forward(self, examples: Sequence[Example]) -> Losses:

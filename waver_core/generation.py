@@ -45,6 +45,7 @@ class Generator:
         self.dit, self.autoencoder, self.text_encoders = dit, autoencoder, tuple(text_encoders)
         self.text_multiple = text_multiple
         self._black: dict[tuple[int, int], Tensor] = {}
+        self._kept: dict[str, tuple[Tensor, ...]] = {}
 
     @property
     def device(self) -> torch.device:
@@ -52,10 +53,19 @@ class Generator:
         return next(self.dit.parameters()).device
 
     def latents(
-        self, tasks: Sequence[Task], *, steps: int, shift: float, guidance: Guidance, on_step: OnStep | None = None
+        self,
+        tasks: Sequence[Task],
+        *,
+        steps: int,
+        shift: float,
+        guidance: Guidance,
+        hold: bool = True,
+        on_step: OnStep | None = None,
     ) -> list[Tensor]:
         """Denoise all tasks together, in one batch; fp32 [16, T, h, w] each. The same seed gives the same noise for every batch.
 
+        hold: a first frame that is given stays as it is. Its velocity is known (noise minus latent), so that takes the place of
+        the model's word for that latent frame; otherwise the model copies it from its condition as well as it has learned to.
         `on_step` as in `waver_core.flow.sampler.sample`.
         """
         noise = [self._noise(task) for task in tasks]
@@ -67,6 +77,9 @@ class Generator:
             inputs = [condition(x, self.black(task.shape), known, flags) for x, task, (known, flags) in zip(state, tasks, given)]
             both, _ = self.dit.velocity(inputs + inputs, texts, t.expand(2 * len(tasks)))
             guided: list[Tensor] = guide([v.float() for v in both[: len(tasks)]], [v.float() for v in both[len(tasks) :]])
+            for number, (known, flags) in enumerate(given):
+                if hold and known is not None and flags is not None and flags[0]:
+                    guided[number] = torch.cat([noise[number][:, :1] - known[:, :1], guided[number][:, 1:]], dim=1)
             return guided
 
         with torch.no_grad():
@@ -116,6 +129,12 @@ class Generator:
             out: list[Tensor] = refine(velocity, starts, steps, shift, on_step)
         return out
 
+    def keep_texts(self, texts: Sequence[str]) -> None:
+        """Encode these texts now and let go of the text encoders, which may be larger than the model: no others can be asked for
+        afterwards."""
+        self._kept = {text: self._text(text) for text in texts}
+        self.text_encoders = ()
+
     def decode(self, latents: Sequence[Tensor]) -> list[np.ndarray]:
         """uint8 [T, H, W, 3] of each."""
         return self.autoencoder.decode([z.float().cpu().numpy() for z in latents])
@@ -135,6 +154,8 @@ class Generator:
         return torch.randn(16, *latent, generator=generator).to(self.device)
 
     def _text(self, text: str) -> tuple[Tensor, ...]:
+        if text in self._kept:
+            return self._kept[text]
         return tuple(self._lengthened(torch.from_numpy(encoder.encode([text])[0])) for encoder in self.text_encoders)
 
     def _lengthened(self, vector: Tensor) -> Tensor:

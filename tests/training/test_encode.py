@@ -29,7 +29,7 @@ from training.encoding import ClipEncoder
 from training.encoding_units import Job, content_keys, cut
 from training.recipe import Recipe
 from waver_core.config import DEFAULT_PATH
-from waver_core.errors import BackendUnavailable, MediaError, RunFailed, UserError
+from waver_core.errors import BackendUnavailable, RunFailed, UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 MakeRecipe = Callable[..., Recipe]
@@ -292,7 +292,7 @@ def test_a_broken_clip_on_the_fly_raises_what_is_wrong(with_broken: str, encodin
     recipe = encoding_recipe()
     samples = ClipSamples(build_samples([f"{with_broken}/tiers/192p"], recipe).table, recipe)
     row = samples.table["source_uri"].to_pylist().index(next(u for u in samples.table["source_uri"].to_pylist() if "broken" in u))
-    with pytest.raises(MediaError, match="cannot be opened"):
+    with pytest.raises(UserError, match=r"broken.* cannot be encoded .*encode first"):
         samples[row]
 
 

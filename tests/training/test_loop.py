@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from training.checkpoint import latest, read_complete
 from training.encode import Resources, encode
 from training.export import load_export
 from training.group import Worker
@@ -307,3 +309,25 @@ def test_samples_of_other_encoders_are_refused(make: MakeRecipe, samples: str, t
     recipe = make("t2v_192p_12fps", "training.encoders.autoencoder={backend: dct, options: {scaling: unit}}")
     with pytest.raises(UserError, match="encoded with autoencoder"):
         _trained(_job(recipe, samples, tmp_path))
+
+
+def test_other_samples_than_those_it_began_with_are_refused(make: MakeRecipe, samples: str, tmp_path: Path) -> None:
+    job = _job(make("t2v_192p_12fps", "training.schedule.max_steps=4"), samples, tmp_path / "run")
+    _trained(job)
+    other = tmp_path / "encoded"
+    shutil.copytree(f"{samples}/encoded/t2v_192p_12fps", other)
+    index = json.loads((other / "index.json").read_text())
+    (other / "index.json").write_text(json.dumps({**index, "sample_digest": "another"}))
+    with pytest.raises(UserError, match="the samples have changed since step 4 of t2v_192p_12fps"):
+        _trained(Job(job.recipe, job.output, str(other)))
+
+
+def test_a_checkpoint_counts_samples_and_tokens(make: MakeRecipe, samples: str, tmp_path: Path) -> None:
+    job = _job(make("t2v_192p_12fps", "training.schedule.max_steps=3"), samples, tmp_path)
+    _trained(job)
+    newest = latest(str(job.folder / "checkpoints"))
+    assert newest is not None
+    progress = read_complete(newest)["progress"]
+    drawn = sum(line["samples"] for line in read_metrics(job.folder) if "samples" in line)
+    assert progress["samples_seen"] == drawn > 0
+    assert progress["tokens_seen"] > drawn * 16

@@ -72,11 +72,12 @@ def test_what_section_4_says_of_single_stages(report: dict[str, Recipe]) -> None
     assert [s for s, r in report.items() if r.align] == ["t2v_480p"]
     assert [s for s, r in report.items() if r.i2v_probability == 0.2] == ["t2v_480p", "t2v_720p", "ct_720p", "sft"]
     assert {r.i2v_probability for r in report.values()} == {0.0, 0.2}
-    assert [s for s, r in report.items() if r.min_short_side_px] == ["refine_sft_1080p"]
+    assert [s for s, r in report.items() if r.min_short_side_px] == ["t2i_256p", "t2i_512p", "t2i_1024p", "refine_sft_1080p"]
     for r in report.values():
         assert (r.alignment.weight, r.alignment.block, r.alignment.spatial_factor, r.alignment.temporal_factor) == (0.5, 16, 2, 4)
         assert (r.refinement.pixel_factor, r.refinement.noise_min, r.refinement.noise_max) == (3, 0.85, 0.95)
-        assert (r.sampling.shift, r.sampling.guidance_scale, r.sampling.norm_threshold) == (7.0, 8, 27)
+        assert (r.sampling.guidance_scale, r.sampling.norm_threshold) == (8, 27)
+        assert r.sampling.shift == (1.0 if r.task == "refine" else 7.0)
         assert (r.model.preset, r.encoders.autoencoder.backend) == ("waver_12b", "wan_vae")
         assert [t.backend for t in r.encoders.text] == ["t5", "qwen2_5"]
 

@@ -100,8 +100,9 @@ def test_wandb_and_mlflow_get_the_numbers_by_step(
     calls: list[Any] = []
     run = SimpleNamespace(log=lambda numbers, step: calls.append((step, numbers)), finish=lambda: calls.append("finish"))
     wandb = SimpleNamespace(init=lambda **settings: calls.append(settings) or run)
+    started = SimpleNamespace(info=SimpleNamespace(run_id="r1"))
     mlflow = SimpleNamespace(
-        start_run=lambda **settings: calls.append(settings),
+        start_run=lambda **settings: calls.append(settings) or started,
         log_metrics=lambda numbers, step: calls.append((step, numbers)),
         end_run=lambda: calls.append("end"),
     )
@@ -115,3 +116,7 @@ def test_wandb_and_mlflow_get_the_numbers_by_step(
     assert calls[0]["name"] == calls[1]["run_name"] == recipe.stage
     assert calls[0]["resume"] == "allow" and calls[0]["config"]["stage"] == recipe.stage
     assert calls[2:] == [(3, {"flow/t0.1": 0.5}), "finish", (3, {"flow.t0.1": 0.5}), "end"]
+    first = dict(calls[0])
+    calls.clear()
+    trackers(recipe, tmp_path, 3)
+    assert calls[0]["id"] == first["id"] and calls[1]["run_id"] == "r1", "a restarted run goes on in the same curves"

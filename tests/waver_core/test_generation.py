@@ -122,6 +122,27 @@ def test_a_first_frame_in_a_batch_is_for_its_own_video_only(spy: Spy, picture: C
     assert (both[0] - alone).abs().max() > 1e-3
 
 
+def test_a_given_first_frame_is_held_and_free_to_drift_without(spy: Spy, picture: Callable[[int], np.ndarray]) -> None:
+    task = Task("a red disc", VIDEO, 7, first_frame=picture(1))
+    known = torch.from_numpy(spy.autoencoder.encode([picture(1)[None]])[0])
+    (held,), (free,) = spy.latents([task], **SETTINGS), spy.latents([task], hold=False, **SETTINGS)
+    assert torch.allclose(held[:, :1], known, atol=1e-5)
+    assert (free[:, :1] - known).abs().max() > 0.1
+    noisy = [inputs[0][:16, :1] for inputs, _, _ in spy.seen[1:3]]  # on the way, too, it is what training showed
+    times = [t[0] for _, _, t in spy.seen[1:3]]
+    noise = spy.seen[0][0][0][:16, :1]
+    for x, t in zip(noisy, times, strict=True):
+        assert torch.allclose(x, (1 - t) * known + t * noise, atol=1e-5)
+
+
+def test_kept_texts_need_no_encoder(spy: Spy) -> None:
+    task = Task("a red disc", VIDEO, 7)
+    (before,) = spy.latents([task], **SETTINGS)
+    spy.keep_texts(["a red disc", ""])
+    assert spy.text_encoders == ()
+    assert torch.equal(spy.latents([task], **SETTINGS)[0], before)
+
+
 def test_texts_are_lengthened_as_in_training() -> None:
     spy = Spy(text_multiple=8)
     spy.latents([Task("a red disc moves", VIDEO, 7)], **SETTINGS)

@@ -9,6 +9,7 @@ from training.data.byte_cache import ByteCache
 from training.data.shards import Sample, sample_of
 from training.encoding import ClipEncoder
 from training.recipe import Recipe
+from waver_core.errors import UserError
 
 
 class ClipSamples:
@@ -33,14 +34,17 @@ class ClipSamples:
         return ClipSamples, (self._samples, self._recipe, self._cache_bytes)
 
     def __getitem__(self, row: int) -> Sample:
-        """The sample of a row of `table`. Raises `IndexError` beyond it, and what is wrong with a clip (`MediaError`)."""
+        """The sample of a row of `table`. Raises `IndexError` beyond it, `UserError` for a clip that cannot be encoded."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
         sample = self._cache.get(row)
         if sample is None:
             result = self._encoder.encode(self._samples.slice(row, 1).to_pylist())[0]
-            if isinstance(result, Exception):
+            if isinstance(result, UserError):
                 raise result
+            if isinstance(result, Exception):
+                uri, mend = self._samples["source_uri"][row], "encode first (training/encode.py), which leaves such clips out"
+                raise UserError(f"{uri} cannot be encoded ({type(result).__name__}: {result}): {mend}") from result
             sample = sample_of(result, self._encoder.dims)
             self._cache.put(row, sample, sample.nbytes)
         return sample

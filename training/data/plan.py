@@ -64,7 +64,7 @@ class Plan:
         self._data, self._recipe = recipe.data, recipe
         self._dropped = {kind: dict(reasons) for kind, reasons in (dropped or {}).items()}
         self._dropped_share = check_dropped(self._dropped, samples, recipe)
-        self._shape_names, self._shape_of, self._tokens = _lengths(samples)
+        self._shape_names, self._shape_of, self._tokens = _lengths(samples, recipe)
         longest = np.ones(len(self._shape_names), np.int64)
         np.maximum.at(longest, self._shape_of, self._tokens)
         self._samples_per_batch = np.clip(self._data.micro_batch_tokens // longest, 1, self._data.max_per_pack)
@@ -112,6 +112,10 @@ class Plan:
             batches = self._batches(kind, rows, np.zeros(len(rows), np.int64), 0)
             out += [batches.draws(i, 0) for i in range(len(batches.bucket))]
         return tuple(out)
+
+    def tokens(self, step: Step) -> int:
+        """Tokens of a step's samples, text included."""
+        return int(sum(self._tokens[draw.row] for batch in step.micro_batches for draw in batch))
 
     @cached_property
     def report(self) -> dict[str, dict[str, Any]]:
@@ -255,13 +259,15 @@ def _by_clip(name: str, rows: np.ndarray, clips: np.ndarray, weights: np.ndarray
     return _Kind(name, rows, rows[of], low, low + weight)
 
 
-def _lengths(samples: pa.Table) -> tuple[list[str], np.ndarray, np.ndarray]:
+def _lengths(samples: pa.Table, recipe: Recipe) -> tuple[list[str], np.ndarray, np.ndarray]:
     """Names of the shapes that occur (frames x height x width in px); each row's shape [N], and its tokens with text [N]."""
     columns = [samples[name].to_numpy().astype(np.int64) for name in ("frames", "height_px", "width_px")]
     found, code = np.unique(columns[0] << 40 | columns[1] << 20 | columns[2], return_inverse=True)
     shapes = [VideoShape(int(v) >> 40, int(v) >> 20 & 0xFFFFF, int(v) & 0xFFFFF) for v in found]
     video = np.array([shape.latent.tokens for shape in shapes], np.int64)
     text = samples["text_tokens"].to_numpy().astype(np.int64) if "text_tokens" in samples.column_names else TEXT_TOKENS
+    multiple, encoders = recipe.data.text_multiple, len(recipe.encoders.text)
+    text = (text + encoders * (multiple - 1)) // multiple * multiple  # the most that rounding up each encoder's part can make
     return ["x".join(map(str, shape)) for shape in shapes], code, video[code] + text
 
 

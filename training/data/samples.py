@@ -4,7 +4,7 @@ A pure function of metadata; no pixel is read. A clip takes the size nearest to 
 fills, and as many windows as the recipe wants. What cannot be used is counted with the reason.
 
 A size is the nearest by how much of the picture a crop to its ratio keeps; of several sizes of that ratio it is the largest
-that the clip fills without more enlargement than allowed. Sizes are multiples of 16 px, so a file of the same name may fall
+that the clip fills without more enlargement than allowed. Sizes are multiples of 8 px, so a file of the same name may fall
 short by a little (480p: 854 px for 864): enlargement up to 4 % above `max_upscale` is rounding and does not count.
 
 Frames lie 1/fps apart, each standing for that time, and all of it lies within the clip. Of n windows, number k begins at
