@@ -22,10 +22,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from curation.backend_check import Need, Verdict, check, needs_of
-from curation.command_line import ConfigPath, Profiles, Sets, new_console
-from curation.command_line import run as run_command_line
 from curation.stage import load_stages
 from waver_core.checkpoints import Checkpoint, models_folder
+from waver_core.command_line import ConfigPath, Profiles, Sets, new_console
+from waver_core.command_line import run as run_command_line
 from waver_core.config import Config, load_config
 from waver_core.errors import UserError
 from waver_core.fetching import FetchFailed, distinct, fetch, known_checkpoint, require_space, state_of

@@ -17,11 +17,11 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from curation.command_line import ConfigPath, Profiles, Sets, new_console
-from curation.command_line import run as run_command_line
 from curation.gates import tier_gates
 from curation.selection import preview as preview_tiers
 from curation.stage import load_stages
+from waver_core.command_line import ConfigPath, Profiles, Sets, new_console
+from waver_core.command_line import run as run_command_line
 from waver_core.config import load_config
 from waver_core.errors import UserError
 from waver_core.storage import exists, is_local, join, local_path

@@ -232,6 +232,6 @@ def main(
 
 
 if __name__ == "__main__":
-    from training.command_line import run
+    from waver_core.command_line import run
 
     run(app)

@@ -27,8 +27,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from training.command_line import ConfigPath, Profiles, Sets, Stage, new_console, recipe_of
-from training.command_line import run as run_command_line
+from training.command_line import Profiles, Stage, recipe_of
 from training.data.samples import build_samples, check_dropped
 from training.data.shards import INDEX_NAME, EncodedSamples, describe_encoders, encoded_folder, publish, recipe_facts
 from training.encoding import ClipEncoder
@@ -43,6 +42,8 @@ from training.encoding_units import (
     unpacked_arrays,
 )
 from training.recipe import Recipe
+from waver_core.command_line import ConfigPath, Sets, new_console
+from waver_core.command_line import run as run_command_line
 from waver_core.config import digest_of
 from waver_core.errors import RunFailed, UserError
 from waver_core.shapes import VideoShape

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 import typer
 
-from training.command_line import new_console
-from training.command_line import run as run_command_line
 from training.export import Exported, load_export, load_into
 from training.previews import write_sample, write_sheet
 from training.recipe import Recipe
+from waver_core.command_line import new_console
+from waver_core.command_line import run as run_command_line
 from waver_core.config import validate
 from waver_core.dit import DiTConfig, WaverDiT
 from waver_core.errors import UserError

@@ -21,13 +21,14 @@ from rich.console import Console
 from rich.table import Table
 
 from training.checkpoint import latest, read_complete
-from training.command_line import ConfigPath, Profiles, Sets, Stage, new_console, recipe_of
-from training.command_line import run as run_command_line
+from training.command_line import Profiles, Stage, recipe_of
 from training.encode import Resources, encode
 from training.export import check_parent, read_record
 from training.job import Job, text_dims
 from training.recipe import Recipe
 from training.trainee import model_config
+from waver_core.command_line import ConfigPath, Sets, new_console
+from waver_core.command_line import run as run_command_line
 from waver_core.errors import UserError
 from waver_core.storage import exists, is_local, join, local_path
 from waver_core.telemetry import duration_text

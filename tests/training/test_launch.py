@@ -13,10 +13,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from training.command_line import new_console
 from training.encode import Resources, encode
 from training.recipe import load_recipe
 from training.trackers import read_metrics
+from waver_core.command_line import new_console
 from waver_core.config import load_config
 from waver_core.errors import RunFailed
 

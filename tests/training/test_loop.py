@@ -55,7 +55,7 @@ def make(encoding_recipe: MakeRecipe) -> MakeRecipe:
 @pytest.fixture(scope="module")
 def samples(encoding_recipe: MakeRecipe, curated: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A run's folder with the samples of three stages encoded."""
-    from training.command_line import new_console
+    from waver_core.command_line import new_console
 
     run = tmp_path_factory.mktemp("run")
     for stage in ("t2v_192p_12fps", "t2v_480p", "refine_1080p"):
@@ -263,7 +263,7 @@ def test_previews_and_the_loss_curve_are_written(make: MakeRecipe, samples: str,
 def test_held_out_sources_are_measured_at_fixed_timesteps(make: MakeRecipe, samples: str, tmp_path: Path) -> None:
     recipe = make("t2v_192p_12fps", "training.schedule.max_steps=4", "training.data.held_out_share=0.4")
     run = tmp_path / "own"
-    from training.command_line import new_console
+    from waver_core.command_line import new_console
 
     curated_folder = json.loads((Path(samples) / "encoded" / "t2v_192p_12fps" / "index.json").read_text())["curated"]
     encode(recipe, curated_folder, str(run), new_console(), Resources(serial=True))
