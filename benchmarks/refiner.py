@@ -1,6 +1,6 @@
 """What the refiner mends: error of clips that were shrunk and enlarged again, against that of the same clips after refinement.
 
-    python benchmarks/refiner.py --run out/training --steps 300
+    python benchmarks/refiner.py --run out/training
 
 Starts from a base checkpoint of the tiny model (trained here for a few steps where --run has none), trains `refine_1080p` on the
 rendered collection, then takes scenes of another seed, which no stage has seen.
@@ -34,11 +34,11 @@ _STAGE = "refine_1080p"
 
 @app.command()
 def main(
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the refiner's stage.")] = 300,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the refiner's stage.")] = 1000,
     base_steps: Annotated[int, typer.Option(min=1, help="Steps of each base stage, where they are not trained yet.")] = 300,
     scenes: Annotated[int, typer.Option(min=1, help="Clips to refine.")] = 24,
     clips: Annotated[int, typer.Option(min=24, help="Files in the rendered collection.")] = 480,
-    denoising_steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 10,
+    denoising_steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 4,
     shift: Annotated[float, typer.Option(min=0.1, help="Shift of the sampler's timesteps.")] = 1.0,
     run: Annotated[Path | None, typer.Option("--run", help="Training run that may hold the base stages.")] = None,
     sheet: Annotated[Path | None, typer.Option(help="Degraded, refined and true clips as a picture.")] = None,
