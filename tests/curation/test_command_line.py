@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from curation import command_line, run_funnel
+from curation import run_funnel
+from waver_core import command_line
 from waver_core.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -18,9 +18,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from curation import backend_check, command_line, models
+from curation import backend_check, models
 from curation.stage import ClipMedia, FrameRequest, Row, Stage, load_stages
-from waver_core import fetching
+from waver_core import command_line, fetching
 from waver_core.checkpoints import FETCHED_NAME, Checkpoint
 from waver_core.config import load_config
 from waver_core.errors import BackendUnavailable, ConfigError, UserError
