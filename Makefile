@@ -23,7 +23,7 @@ export VIDEOS OUT PROFILE CLIPS MINUTES
 .PHONY: help demo demo-training test check format bench models fetch-models check-backends clean setup setup-dev setup-models constraints
 
 help:  ## List the targets
-	@echo "make demo                  Render a collection, curate it, train a tiny model, sample it (about eight minutes)"
+	@echo "make demo                  Render a collection, curate it, train a tiny model, sample it (about seven minutes)"
 	@echo "make demo VIDEOS=/folder   Curate your own videos"
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | grep -v '^demo:' | awk -F ':.*## ' '{printf "make %-21s %s\n", $$1, $$2}'
 

@@ -34,7 +34,7 @@ _STAGE = "refine_1080p"
 
 @app.command()
 def main(
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the refiner's stage.")] = 1000,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the refiner's stage.")] = 500,
     base_steps: Annotated[int, typer.Option(min=1, help="Steps of each base stage, where they are not trained yet.")] = 300,
     scenes: Annotated[int, typer.Option(min=1, help="Clips to refine.")] = 24,
     clips: Annotated[int, typer.Option(min=24, help="Files in the rendered collection.")] = 480,

@@ -29,7 +29,7 @@ ENCODING_SETS = (
     "training.stages.refine_1080p.fps=4",
     "training.data={captions: {training_caption: 0.8, caption_short: 0.2}, seconds: [2.25], max_dropped_share: 1.0}",
 )
-TIERS = ("192p", "480p", "refine_1080p")
+TIERS = ("192p", "480p", "720p", "ct_720p", "sft_720p", "refine_1080p")
 _SCENES = [("red", "right"), ("blue", "left"), ("green", "up"), ("yellow", "down"), ("red", "left"), ("blue", "up")]
 
 
