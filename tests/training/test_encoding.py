@@ -152,7 +152,7 @@ def test_a_stage_that_aligns_has_features_on_a_coarser_grid(curated: str, encodi
 
 def test_a_refiner_gets_degraded_latents(curated: str, encoding_recipe: MakeRecipe) -> None:
     pytest.importorskip("torch")
-    recipe = encoding_recipe("refine_1080p")
+    recipe = encoding_recipe("refine_1080p", "training.refinement.pixel_factor=3")
     encoder = ClipEncoder(recipe)
     for row in encoder.encode(_rows(curated, recipe)):
         assert isinstance(row, dict)

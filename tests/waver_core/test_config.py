@@ -250,13 +250,15 @@ def test_an_override_of_a_resolved_file_still_reaches_the_tiers_below(tmp_path: 
     assert [again.tiers[t]["aesthetic"].min for t in ("480p", "720p", "sft_720p")] == [9.0, 9.0, 9.0]
 
 
-def test_digest_changes_with_every_setting_but_not_with_the_profiles_names() -> None:
+def test_digest_changes_with_every_setting_but_not_with_the_profiles_names(tmp_path: Path) -> None:
     base = load_config()
     changed = [
         load_config(overrides=[s]) for s in ("tiers.480p.text.max=0.02", "funnel.max_attempts=2", "funnel.stages.segment.max_s=9")
     ]
     assert len({base.digest, *(c.digest for c in changed)}) == 4
-    assert load_config(profiles=["embedded"]).digest == base.digest
+    with_empty = tmp_path / "pipelines.yaml"
+    with_empty.write_text(DEFAULT_PATH.read_text() + "\n  nothing: {}\n")
+    assert load_config(with_empty, profiles=["nothing"]).digest == base.digest
     assert digest_of({"a": 1, "b": 2}) == digest_of({"b": 2, "a": 1})
 
 

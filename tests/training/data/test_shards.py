@@ -272,7 +272,7 @@ def test_samples_of_the_same_encoders_are_taken(encoding_recipe: MakeRecipe, sta
             "caption columns training_caption, caption_short instead",
         ),
         ("t2v_480p", "training.alignment.spatial_factor=4", "feature grid 1/4 in time, 1/2 in space instead of 1/4 in time, 1/4"),
-        ("refine_1080p", "training.refinement.pixel_factor=2", "pixel degradation 3.0 instead of 2.0"),
+        ("refine_1080p", "training.refinement.pixel_factor=2", "pixel degradation 8.0 instead of 2.0"),
     ],
 )
 def test_what_differs_is_named_with_the_command(encoding_recipe: MakeRecipe, stage: str, override: str, told: str) -> None:
