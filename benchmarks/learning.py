@@ -1,7 +1,7 @@
 """Does a tiny model learn what its captions say? Rendered scenes, captioned by the funnel, train it; prompts over six colours and
 four directions are sampled from it; the funnel's own captioner looks at what came out. All on this machine, without weights.
 
-    python benchmarks/learning.py --minutes 10 --sheet out/bench/learning.png
+    python benchmarks/learning.py --sheet out/bench/learning.png
 
 Scenes, captions and prompts are as `benchmarks/adherence.py` tells; the noise of the samples has seeds of its own, so no sample
 was ever seen. `--i2v-steps` goes on with image-to-video training and measures how well the given first frame is kept.
@@ -132,7 +132,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 @app.command()
 def main(
-    minutes: Annotated[float, typer.Option(min=0.1, help="Training time of the text-to-video stage.")] = 10.0,
+    minutes: Annotated[float, typer.Option(min=0.1, help="Training time of the text-to-video stage.")] = 6.0,
     clips: Annotated[int, typer.Option(min=24, help="Files in the rendered collection.")] = 480,
     rounds: Annotated[int, typer.Option(min=1, help="Samples of each of the 24 prompts.")] = 4,
     i2v_steps: Annotated[int, typer.Option(min=0, help="Steps of the image-to-video stage after it; 0 leaves it out.")] = 800,
