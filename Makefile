@@ -78,7 +78,7 @@ check-backends: $(RUN_STAMP)  ## Load every backend of PROFILE=small and let it 
 
 setup: $(RUN_STAMP)  ## Install what running needs into .venv
 setup-dev: $(DEV_STAMP)  ## Install what running, tests and checks need into .venv
-setup-models: $(MODELS_STAMP)  ## Install what backends with weights need into .venv (torch, transformers)
+setup-models: $(MODELS_STAMP)  ## Install what backends with weights need into .venv (transformers, diffusers, open_clip)
 
 clean:  ## Remove .venv, caches and builds; results in out/ stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ from waver_core.checkpoints import Checkpoint, known_or
 from waver_core.errors import ConfigError
 
 
-class TextVectors(Pretrained):
+class TextVectors(Pretrained, ABC):
     """Texts go through padded on the right and masked; the vectors of the padding are cut off, so a text has as many as it
     has tokens, whatever its neighbours. `max_tokens` is the most that are kept of one text.
     """
@@ -65,9 +66,9 @@ class TextVectors(Pretrained):
                 vectors[k] = states[row, : len(ids[k])].float().cpu().numpy()
         return vectors
 
+    @abstractmethod
     def ids(self, tokenizer: Any, text: str) -> list[int]:
         """A text's token ids, from 1 to `max_tokens` of them."""
-        raise NotImplementedError
 
     @cached_property
     def _tokenizer(self) -> Any:
