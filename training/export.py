@@ -27,7 +27,8 @@ import torch
 import torch.distributed as dist
 import yaml
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from training.ema import plain_name, reshard
 from training.recipe import Recipe
@@ -114,6 +115,13 @@ class Exported:
         with opened(self.files[name]) as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
+
+    def part(self, name: str, target: DTensor) -> Tensor:
+        """What this worker holds of a tensor that is sharded like `target`; no more than that is read."""
+        shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
+        with opened(self.files[name]) as file:
+            part: Tensor = file.get_slice(name)[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
+        return part
 
     def verify(self) -> None:
         """Read everything; raises `UserError` where the weights are not those that were written."""
@@ -290,7 +298,11 @@ def load_into(
         targets = {plain_name(name): (name, tensor) for name, tensor in model.state_dict().items()}
     with torch.no_grad():
         for name in shared:
-            _put(model, *targets[name], exported.tensor(name), dtype, device)
+            key, target = targets[name]
+            if isinstance(target, DTensor):
+                target.to_local().copy_(exported.part(name, target))
+            else:
+                _put(model, key, target, exported.tensor(name), dtype, device)
     reshard(model)
     left = [name for name, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
     if strict and left:
@@ -342,8 +354,6 @@ def check_parent(
 
 def _put(model: nn.Module, key: str, target: Any, value: Tensor, dtype: torch.dtype | None, device: torch.device | str) -> None:
     """Store one tensor in the model."""
-    if isinstance(target, DTensor):  # every worker reads the file and keeps its part
-        value = distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
     if not target.is_meta:
         target.copy_(value)
         return

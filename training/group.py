@@ -16,11 +16,28 @@ class Worker:
     rank: int = 0
     world: int = 1
     device: str = "cpu"
+    sequence: int = 1
+    """Neighbouring ranks that compute the same samples together, each a part of their tokens."""
 
     @property
     def leads(self) -> bool:
         """Whether it is the one that writes."""
         return self.rank == 0
+
+    @property
+    def counts(self) -> bool:
+        """Whether its losses count; the others of its sequence group find the same."""
+        return self.rank % self.sequence == 0
+
+    @property
+    def data_rank(self) -> int:
+        """Which of those that compute samples of their own it belongs to."""
+        return self.rank // self.sequence
+
+    @property
+    def data_workers(self) -> int:
+        """How many compute samples of their own."""
+        return self.world // self.sequence
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all workers, on the CPU."""

@@ -36,17 +36,18 @@ def held_out_losses(
     seed = conditioner.recipe.data.seed
     sums = torch.zeros(len(TIMESTEPS), dtype=torch.float64)
     count = 0
-    for first in range(0, len(batches), worker.world):
-        mine = first + worker.rank < len(batches)
-        batch = batches[first + worker.rank if mine else first]
+    for first in range(0, len(batches), worker.data_workers):
+        number = first + worker.data_rank
+        mine = number < len(batches) and worker.counts
+        batch = batches[number if number < len(batches) else first]
         ids = [source.table["sample_id"][draw.row].as_py() for draw in batch]
-        for number, t in enumerate(TIMESTEPS):
+        for row, t in enumerate(TIMESTEPS):
             examples = [
                 conditioner.example(source[draw.row], generator_of(seed, "held out", sample), t)
                 for draw, sample in zip(batch, ids, strict=True)
             ]
             losses = trainee([example.to(worker.device) for example in examples]).flow
-            sums[number] += losses.double().sum().cpu() * mine
+            sums[row] += losses.double().sum().cpu() * mine
         count += len(batch) * mine
     total = worker.sum(torch.cat([sums, torch.tensor([float(count)], dtype=torch.float64)]))
     means = (total[:-1] / total[-1]).tolist()

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,12 +29,16 @@ from training.group import Worker
 from training.held_out import held_out_losses
 from training.job import Job
 from training.measures import Measures
+from training.parallel.apply import parallelise
+from training.parallel.compiling import warm_up_report
+from training.parallel.fsdp import reduce_over_replicas
+from training.parallel.mesh import plan_mesh
 from training.previews import Previews
 from training.recipe import Recipe
-from training.sharding import shard
 from training.spikes import SpikeGuard
 from training.trackers import trackers
 from training.trainee import Trainee, model_config
+from training.watch import Stragglers, Tell, Watchdog
 from waver_core.errors import UserError
 
 Report = Callable[[dict[str, Any]], None]
@@ -45,33 +50,44 @@ def train(job: Job, worker: Worker, report: Report) -> dict[str, Any]:
     `report` is told of every logged step: {step, total, loss, ...}. Raises `RunFailed` on NaN or repeated spikes, `UserError`
     on what a person can mend. On several workers torch.distributed must be initialised and all of them call it.
     """
-    run = _Run(job, worker)
-    try:
-        return run.to_the_end(report)
-    finally:
-        run.close()
+
+    def tell(text: str) -> None:
+        report({"warning": text})
+
+    with Watchdog(job.recipe.workers.hang_after_s, tell, worker=worker, folder=job.folder / "hangs") as watchdog:
+        run = _Run(job, worker, watchdog, tell)
+        try:
+            return run.to_the_end(report)
+        finally:
+            run.close()
 
 
 class _Run:
     """A stage under way."""
 
-    def __init__(self, job: Job, worker: Worker) -> None:
+    def __init__(self, job: Job, worker: Worker, watchdog: Watchdog, tell: Tell) -> None:
         recipe = job.recipe
-        self.job, self.recipe, self.worker = job, recipe, worker
+        self.job, self.recipe, self.watchdog = job, recipe, watchdog
+        self.tell, self.stragglers = tell, Stragglers(worker, tell)
         self.source, facts = job.open_samples()
         self.plan = Plan(self.source.table, recipe, facts.dropped)
         self.ids = self.source.table["sample_id"].to_pylist()
         self.conditioner = Conditioner(recipe, self.source.constants)
-        torch.manual_seed(recipe.data.seed)
-        self.trainee = Trainee(model_config(recipe, facts.text_dims), recipe, facts.feature_dim)
+        config = model_config(recipe, facts.text_dims)
+        self.mesh = plan_mesh(worker.world, config.heads, recipe.parallel.shard, recipe.parallel.sequence)
+        self.worker = worker = replace(worker, sequence=self.mesh.sequence)
+        with torch.device("meta"):  # no worker ever holds the whole model: memory comes with the shards
+            self.trainee = Trainee(config, recipe, facts.feature_dim)
+        self.dtype = getattr(torch, recipe.workers.dtype)
+        self.spread = parallelise(self.trainee, recipe, self.mesh, worker.device)
+        self.graphs = 0
+        if worker.leads and (worker.world > 1 or self.spread.gives_up):
+            tell(f"{self.mesh}; {self.spread}")
         lineage: tuple[Any, ...] = ()
         if job.parent is not None:
             parent = warm_start(self.trainee.dit, job.parent, recipe.after, stage=recipe.stage, encoders=facts.shared_encoders)
             lineage = parent.lineage
         self.facts = Facts(self.trainee.dit.config.to_dict(), facts.encoders, weights="ema", lineage=lineage)
-        self.trainee.to(worker.device)
-        self.dtype = getattr(torch, recipe.workers.dtype)
-        shard(self.trainee, worker, self.dtype)
         self.ema = Ema(self.trainee, recipe.optimizer.ema_decay)
         self.optimizer = _adamw(self.trainee, recipe)
         self.guard = SpikeGuard(recipe.optimizer.spike_ratio, recipe.optimizer.max_spikes, recipe.optimizer.max_grad_norm)
@@ -105,12 +121,13 @@ class _Run:
         step = done = self.progress.step
         self.trainee.train()
         for step, drawn, batches in self._prefetched(done, done if self._out_of_time() else total):
+            self.watchdog.beat(f"step {step}: examples")
             started = time.monotonic()
             numbers = self._step(step, total, drawn, batches)
             self.trained_s += self._agreed(time.monotonic() - started)
             last = step == total or self._out_of_time()
             if step % schedule.log_every_steps == 0 or last:
-                numbers |= self.measures.report(self.worker)
+                numbers |= self.measures.report(self.worker) | self.stragglers.report() | self._compiled()
                 fraction = self._fraction(step, total)
                 report({"step": step, "total": total, "fraction": fraction, "seconds": self.trained_s, **numbers})
             self._log(step, numbers)
@@ -122,14 +139,20 @@ class _Run:
                 draw_curve(self.job.folder, self.recipe.stage)
             if self.checkpoints.due(step) or last:
                 self.checkpoints.save(self._progress_at(step), self.trainee, self.ema, self.optimizer)
+                self.watchdog.beat(f"step {step}: checkpoint")
             if last:
                 break
+        with self.watchdog.paused("export"):
+            digest = self._export(step)
+        return {"stage": self.recipe.stage, "steps": step, "digest": digest, "skipped": self.guard.skipped}
+
+    def _export(self, step: int) -> str:
+        """Averaged weights, once the last checkpoint is written."""
         self.checkpoints.finish()
         with self.ema.swapped(self.trainee):
             facts = Facts(self.facts.model, self.facts.encoders, step, "ema", self.facts.lineage)
             weights = get_model_state_dict(self.trainee.dit)
-            digest = export(str(self.job.export_folder), weights, self.recipe, facts, replace=True)
-        return {"stage": self.recipe.stage, "steps": step, "digest": digest, "skipped": self.guard.skipped}
+            return export(str(self.job.export_folder), weights, self.recipe, facts, replace=True)
 
     def close(self) -> None:
         """Let go of trackers."""
@@ -139,7 +162,7 @@ class _Run:
     def _step(self, step: int, total: int, drawn: Step, batches: Sequence[Sequence[Example]]) -> dict[str, Any]:
         """One update of the weights, number `step` (from 1)."""
         samples = sum(len(batch) for batch in drawn.micro_batches)
-        own = len(drawn.share(self.worker.rank, self.worker.world))
+        own = len(drawn.share(self.worker.data_rank, self.worker.data_workers))
         loss = torch.zeros((), dtype=torch.float64)
         self.optimizer.zero_grad(set_to_none=True)
         for number, batch in enumerate(batches):
@@ -147,9 +170,12 @@ class _Run:
             with self._autocast():
                 losses = self.trainee(examples)
             # Workers average their gradients, so each multiplies by their number: the mean is over the samples of the step.
-            weight = self.worker.world / samples if number < own else 0.0
+            # Those of a sequence group have the same loss, and theirs count once.
+            weight = self.worker.data_workers / samples if number < own else 0.0
+            reduce_over_replicas(self.trainee, number == len(batches) - 1)
             (losses.total.sum() * weight).backward()
-            if number < own:
+            self.watchdog.beat(f"step {step}: micro-batch {number + 1} of {len(batches)}")
+            if number < own and self.worker.counts:
                 loss += losses.total.detach().double().sum().cpu() / samples
                 self.measures.add(batch, losses)
         loss = self.worker.sum(loss)
@@ -167,24 +193,36 @@ class _Run:
         numbers = {"loss": float(loss), "grad_norm": norm_value, "lr": rate, "samples": samples, "bucket": drawn.bucket}
         return numbers if accepted else {**numbers, "skipped": 1}
 
+    def _compiled(self) -> dict[str, float]:
+        """What compiling has taken so far; said aloud where it has grown."""
+        if not self.recipe.parallel.compile:
+            return {}
+        found = warm_up_report()
+        if found["graphs"] > self.graphs and self.worker.leads:
+            self.tell(f"blocks are compiled: {found['graphs']} graphs so far, {found['seconds']:.0f} s")
+        self.graphs = found["graphs"]
+        return {"compiled/graphs": found["graphs"], "compiled/seconds": found["seconds"]}
+
     def _prefetched(self, start: int, total: int) -> Iterator[tuple[int, Step, list[list[Example]]]]:
         """Steps after `start`, numbered from 1; the next one's examples are made while the last one is computed."""
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(self._examples, start) if start < total else None
             for index in range(start, total):
                 assert waiting is not None
+                started = time.monotonic()
                 drawn, batches = waiting.result()
+                self.stragglers.add("data", time.monotonic() - started)
                 waiting = pool.submit(self._examples, index + 1) if index + 1 < total else None
                 yield index + 1, drawn, batches
 
     def _examples(self, index: int) -> tuple[Step, list[list[Example]]]:
         """The step's micro-batches of this worker. All workers get equally many, as sharded weights ask for: one with less work
-        computes the step's first micro-batch again, with weight 0."""
+        computes the step's cheapest micro-batch again, with weight 0."""
         epoch, within = self.plan.locate(index)
         drawn = self.plan.steps(epoch)[within]
-        share = list(drawn.share(self.worker.rank, self.worker.world))
-        most = -(-len(drawn.micro_batches) // self.worker.world)
-        share += [drawn.micro_batches[0]] * (most - len(share))
+        share = list(drawn.share(self.worker.data_rank, self.worker.data_workers))
+        most = -(-len(drawn.micro_batches) // self.worker.data_workers)
+        share += [drawn.cheapest] * (most - len(share))
         return drawn, [[self._example(draw) for draw in batch] for batch in share]
 
     def _example(self, draw: Draw) -> Example:
@@ -218,7 +256,7 @@ class _Run:
 
     def _validate(self, step: int, report: Report) -> None:
         self.trainee.eval()
-        with self.ema.swapped(self.trainee), self._autocast():
+        with self.watchdog.paused(f"step {step}: held-out loss"), self.ema.swapped(self.trainee), self._autocast():
             held_out = self.plan.held_out()
             found = held_out_losses(self.trainee, held_out, self.source, self.conditioner, self.worker)
         self.trainee.train()
@@ -229,7 +267,7 @@ class _Run:
     def _preview(self, step: int) -> None:
         assert self.previews is not None
         self.trainee.eval()
-        with self.ema.swapped(self.trainee), self._autocast():
+        with self.watchdog.paused(f"step {step}: samples"), self.ema.swapped(self.trainee), self._autocast():
             if self.recipe.task == "refine":
                 rows = [draw.row for batch in self.plan.held_out() for draw in batch] or list(range(len(self.ids)))
                 self.previews.refine(step, [self.source[row] for row in rows[:4]], write=self.worker.leads)

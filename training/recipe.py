@@ -11,6 +11,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
+from training.data.cost import MicroBatchCost
 from waver_core.config import Config, Strict, digest_of, merge, validate
 from waver_core.errors import ConfigError, did_you_mean
 from waver_core.shapes import VideoShape, whole_frames
@@ -75,6 +76,9 @@ class Data(Strict):
     max_per_pack: int = Field(64, ge=1)
     micro_batches_per_step: int = Field(64, ge=1)
     """Over all workers together, so that a step is the same on any number of them."""
+    cost: MicroBatchCost | None = None
+    """Time of a micro-batch, by which they are bucketed and dealt to workers; `training/calibrate.py` measures it. None counts
+    operations. Another cost makes another order of data, so a run keeps the one that it was begun with."""
     max_dropped_share: float = Field(0.1, ge=0, le=1)
     """A run refuses to start where more of any bucket's clips than this could not be used."""
     seed: int = 0
@@ -161,14 +165,36 @@ class Workers(Strict):
     """What Ray Train starts."""
 
     count: int = Field(1, ge=1)
+    min_count: int | None = Field(None, ge=1)
+    """Elastic: after a failure the stage goes on with as few as these, where no more can be had. None waits for all."""
     cpus: float = Field(1.0, gt=0)
     gpus: float = Field(0.0, ge=0)
     max_failures: int = Field(3, ge=0)
     """Times a dead worker is replaced; the stage goes on from its last checkpoint."""
     threads: int | None = Field(None, ge=1)
     """Threads of torch in each worker; None takes what `cpus` says."""
+    hang_after_s: float | None = Field(1800.0, gt=0)
+    """A worker that makes no progress for so long prints where it stands and ends, so that it is replaced. None never ends it."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """In which the forward and backward are computed; weights, reductions and the optimiser are fp32."""
+
+
+class Parallel(Strict):
+    """How a stage is spread over its workers, and what is given up to make it fit (Waver §5)."""
+
+    shard: int | None = Field(None, ge=1)
+    """Workers along the mesh's axis of shards; with `sequence` it makes the inner shard size (the report: 64 or 128). None takes
+    all workers, so that there are no replicas."""
+    sequence: int = Field(1, ge=1)
+    """Workers that compute one sample together, each a part of its tokens (Ulysses); a divisor of the heads."""
+    compile: bool = False
+    """Every block as one graph."""
+    checkpointing: Literal["none", "selective", "full", "auto"] = "none"
+    """What a block keeps for its backward: everything; attention and matrix products; its input only. `auto`: as much as fits."""
+    offload: Literal["none", "all", "auto"] = "none"
+    """Blocks whose activations wait for the backward in host memory."""
+    memory_gib: float | None = Field(None, gt=0)
+    """Memory of one device, for `auto`; None asks the device."""
 
 
 class Volume(Strict):
@@ -208,6 +234,7 @@ class Recipe(Strict):
     sampling: Sampling
     schedule: Schedule
     workers: Workers
+    parallel: Parallel = Field(default_factory=Parallel)
     negative_tags: tuple[str, ...] = ()
     profiles: tuple[str, ...] = ()
 
@@ -258,6 +285,7 @@ _SHARED = (
     "sampling",
     "schedule",
     "workers",
+    "parallel",
 )
 
 

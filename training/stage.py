@@ -2,9 +2,10 @@
 
 python training/stage.py --stage t2v_192p_12fps --curated out/curated --output out/training
 ray job submit --working-dir . -- python training/stage.py --stage sft --profile full --curated s3://... --output /mnt/run
+python training/stage.py --stage refine_1080p --profile full --dry-run --cluster 128xH100
 
 Encodes what is not encoded yet, starts from the export of the stage before, goes on where it was stopped, and leaves
-`<output>/<stage>/export`: safetensors and recipe.yaml.
+`<output>/<stage>/export`: safetensors and recipe.yaml. A dry run trains nothing: it prints what a stage takes on a cluster.
 """
 
 from __future__ import annotations
@@ -53,8 +54,18 @@ def main(
     profile: Profiles = None,
     set_: Sets = None,
     serial: Annotated[bool, typer.Option("--serial", help="Run in this process, without Ray (for debugging).")] = False,
+    dry: Annotated[
+        bool, typer.Option("--dry-run", help="Print memory, communication and speed on --cluster; train nothing.")
+    ] = False,
+    cluster: Annotated[
+        str | None, typer.Option("--cluster", help="For --dry-run: workers x accelerator, such as 128xH100.")
+    ] = None,
+    measured: Annotated[
+        str | None, typer.Option("--measured", help="For --dry-run: rates measured by training/bench.py, JSON.")
+    ] = None,
 ) -> None:
     """Train one stage on curated manifests. Run it again to go on where it stopped."""
+    _check_dry(dry, cluster, measured, workers)
     sets = [*(set_ or []), *([f"training.workers.count={workers}"] if workers else [])]
     recipe = recipe_of(stage, config, profile, sets)
     console = new_console()
@@ -62,6 +73,11 @@ def main(
         raise UserError(f"--output {output}: weights are mapped from files, so give a folder that all workers have mounted")
     run = str(Path(local_path(output)).resolve())
     sources = tuple(_absolute(uri) for uri in curated or ())
+    if cluster is not None:
+        from training.dry_run import dry_run
+
+        dry_run(recipe, cluster, console, join(run, "encoded", recipe.stage), sources, measured)
+        return
     parent = None if from_scratch else _parent(recipe, run, from_)
     model = model_config(recipe, text_dims(recipe)).to_dict()
     if parent is not None:
@@ -76,6 +92,17 @@ def main(
     told = f", {summary['skipped']} skipped as spikes" if summary["skipped"] else ""
     console.print(f"{stage}: {summary['steps']:,} steps{told}. Averaged weights: {job.export_folder}", soft_wrap=True)
     console.print(f"Loss: {job.folder / 'loss.png'}", soft_wrap=True)
+
+
+def _check_dry(dry: bool, cluster: str | None, measured: str | None, workers: int | None) -> None:
+    """Raise `UserError` where the options of a dry run do not go together."""
+    if dry and cluster is None:
+        raise UserError("--dry-run plans for a stated cluster: add --cluster, for example --cluster 128xH100")
+    if dry and workers is not None:
+        raise UserError(f"--workers {workers} and --cluster {cluster} both say how many workers there are: leave --workers out")
+    for option, given in (("--cluster", cluster), ("--measured", measured)):
+        if given is not None and not dry:
+            raise UserError(f"{option} {given} is for a dry run: add --dry-run, or leave {option} out")
 
 
 def _train(job: Job, console: Console, serial: bool) -> dict[str, Any]:
@@ -126,10 +153,11 @@ def _announce(job: Job, console: Console) -> None:
 
     source, facts = job.open_samples()
     plan = Plan(source.table, job.recipe, facts.dropped)
-    workers, shared = job.recipe.workers.count, job.recipe.data.micro_batches_per_step
+    workers, shared = job.recipe.workers.count // job.recipe.parallel.sequence, job.recipe.data.micro_batches_per_step
     if workers > shared:
+        groups = f"groups of {job.recipe.parallel.sequence} workers" if job.recipe.parallel.sequence > 1 else "workers"
         raise UserError(
-            f"{workers} workers share {shared} micro-batches a step, so some would have nothing to do: raise "
+            f"{workers} {groups} share {shared} micro-batches a step, so some would have nothing to do: raise "
             "training.data.micro_batches_per_step or lower training.workers.count"
         )
     table = Table(title=f"{job.recipe.stage}: {plan.total_steps():,} steps", title_justify="left", header_style="bold")

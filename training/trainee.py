@@ -30,7 +30,14 @@ class AlignmentHead(nn.Module):
 
     def __init__(self, width: int, hidden: int, dim: int) -> None:
         super().__init__()
+        self.dim = dim
         self.layers = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, dim))
+
+    def reset_parameters(self) -> None:
+        """Start values."""
+        for layer in self.layers:
+            if isinstance(layer, nn.LayerNorm | nn.Linear):
+                layer.reset_parameters()
 
     def forward(self, tokens: Tensor, shapes: Sequence[LatentShape], grids: Sequence[tuple[int, ...]]) -> list[Tensor]:
         """Video tokens [N, D] of all samples -> [Tf, Hf, Wf, dim] each: averaged down to the features' grid, then projected."""

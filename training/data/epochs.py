@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, overload
 
 import numpy as np
 
+from training.data.cost import rounds
 from training.data.counter_hash import hash64
 
 _BATCHES, _STEPS = 3, 4
@@ -27,10 +28,22 @@ class Step(NamedTuple):
 
     bucket: str
     micro_batches: tuple[tuple[Draw, ...], ...]
+    costs: tuple[float, ...]
+    """Seconds of each micro-batch, as the recipe's cost has them"""
 
     def share(self, rank: int, world: int) -> tuple[tuple[Draw, ...], ...]:
-        """Micro-batches of one of `world` workers: every world-th from its rank on. It may be none, in a small last step."""
-        return self.micro_batches[rank::world]
+        """Micro-batches of one of `world` workers, so that all take about equally long, and at every place about the same.
+
+        Shares differ by one at most, and one may be empty in a small last step. A worker alone has all of them in order.
+        """
+        if world == 1:
+            return self.micro_batches
+        return tuple(self.micro_batches[i] for i in rounds(self.costs, world)[rank])
+
+    @property
+    def cheapest(self) -> tuple[Draw, ...]:
+        """The micro-batch of least cost: what a worker with a shorter share computes again, with weight 0, to keep in step."""
+        return self.micro_batches[min(range(len(self.costs)), key=lambda i: (self.costs[i], i))]
 
 
 class MicroBatches(NamedTuple):
@@ -52,6 +65,10 @@ class MicroBatches(NamedTuple):
         return tuple(Draw(row, epoch, repeat) for row, repeat in zip(self.rows[span].tolist(), self.repeats[span].tolist()))
 
 
+CostsOf = Callable[[Sequence[np.ndarray]], np.ndarray]
+"""Rows [samples] of each micro-batch -> seconds of each, float64 [micro-batches]."""
+
+
 class _StepSpan(NamedTuple):
     """A step, not yet made: which micro-batches of which kind."""
 
@@ -63,8 +80,8 @@ class _StepSpan(NamedTuple):
 class EpochSteps(Sequence[Step]):
     """Steps of an epoch in order; a slice is a part of it, an item is made anew each time."""
 
-    def __init__(self, spans: Sequence[_StepSpan], epoch: int) -> None:
-        self._spans, self._epoch = spans, epoch
+    def __init__(self, spans: Sequence[_StepSpan], epoch: int, costs_of: CostsOf) -> None:
+        self._spans, self._epoch, self._costs_of = spans, epoch, costs_of
 
     def __len__(self) -> int:
         return len(self._spans)
@@ -77,9 +94,11 @@ class EpochSteps(Sequence[Step]):
 
     def __getitem__(self, index: int | slice) -> Step | EpochSteps:
         if isinstance(index, slice):
-            return EpochSteps(self._spans[index], self._epoch)
+            return EpochSteps(self._spans[index], self._epoch, self._costs_of)
         batches, bucket, members = self._spans[index]
-        return Step(bucket, tuple(batches.draws(i, self._epoch) for i in members.tolist()))
+        rows = [batches.rows[batches.starts[i] : batches.starts[i + 1]] for i in members]
+        costs = tuple(self._costs_of(rows).tolist())
+        return Step(bucket, tuple(batches.draws(i, self._epoch) for i in members.tolist()), costs)
 
     def summary(self, tokens: np.ndarray, room: int) -> dict[str, dict[str, Any]]:
         """Per bucket: drawn, tokens, micro_batches, steps, room (tokens that would fit) and efficiency.
@@ -103,7 +122,7 @@ class EpochSteps(Sequence[Step]):
         return dict(sorted(out.items()))
 
 
-def deal_steps(kinds: Sequence[MicroBatches], per_step: int, seed: int, epoch: int) -> EpochSteps:
+def deal_steps(kinds: Sequence[MicroBatches], per_step: int, seed: int, epoch: int, costs_of: CostsOf) -> EpochSteps:
     """Shuffle the micro-batches of each bucket, cut them into steps, and shuffle the steps of all buckets together."""
     spans: list[_StepSpan] = []
     for number, batches in enumerate(kinds):
@@ -114,4 +133,4 @@ def deal_steps(kinds: Sequence[MicroBatches], per_step: int, seed: int, epoch: i
             first, last = np.searchsorted(sorted_buckets, [code, code + 1])
             spans += [_StepSpan(batches, name, order[at : min(at + per_step, last)]) for at in range(first, last, per_step)]
     key = hash64(seed, epoch, _STEPS, np.arange(len(spans)))
-    return EpochSteps([spans[i] for i in np.argsort(key, kind="stable").tolist()], epoch)
+    return EpochSteps([spans[i] for i in np.argsort(key, kind="stable").tolist()], epoch, costs_of)

@@ -5,8 +5,9 @@ time or of what was drawn before. So a run can be resumed at any step, on anothe
 
     rows -> draws: a clip of weight w is drawn floor(w) or ceil(w) times an epoch, w times in the mean
          -> micro-batches: packs of several lengths (`spfhp`), or samples of one shape (`bucket`)
-         -> buckets: micro-batches of about the same cost, so that no worker waits for another
+         -> buckets: micro-batches of about the same cost (`data.cost`), so that no worker waits for another
          -> steps: micro-batches of one bucket, `data.micro_batches_per_step` of them; steps of all buckets are shuffled
+         -> shares: those of a step, dealt to workers by their cost (`Step.share`)
 
 The last step of each bucket in an epoch is smaller where the micro-batches do not fill it: none is left out.
 """
@@ -21,11 +22,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from training.data.cost import MicroBatchCost, counted_cost, sample_pairs, video_pairs
 from training.data.counter_hash import hash64, uniform
 from training.data.epochs import Draw, EpochSteps, MicroBatches, Step, deal_steps
 from training.data.packing import PackShape, fill, per_pack, shapes_of
 from training.data.samples import KINDS, check_dropped
 from training.recipe import Recipe
+from training.trainee import model_config
+from waver_core.dit import DiTConfig
 from waver_core.errors import UserError
 from waver_core.shapes import VideoShape
 
@@ -33,10 +37,6 @@ TEXT_TOKENS = 256
 """Taken for the length of a sample's text where the table has no column `text_tokens`."""
 _REPEATS, _ORDER = 1, 2
 _ROWS_PER_LENGTH = 16
-_COST_STEP = 1.25
-"""Packs of a bucket differ in cost by less than this factor."""
-_EQUAL_COST_TOKENS = 18_432
-"""Sequence length at which attention costs a block as much as its matrices: 6 x 3,072, the width of Waver's model."""
 
 
 class _Kind(NamedTuple):
@@ -64,11 +64,15 @@ class Plan:
         self._data, self._recipe = recipe.data, recipe
         self._dropped = {kind: dict(reasons) for kind, reasons in (dropped or {}).items()}
         self._dropped_share = check_dropped(self._dropped, samples, recipe)
-        self._shape_names, self._shape_of, self._tokens = _lengths(samples, recipe)
+        model = _model(recipe)
+        self.cost: MicroBatchCost = recipe.data.cost or counted_cost(model)
+        """By which micro-batches are bucketed and dealt."""
+        self._shape_names, self._shape_of, self._tokens, self._pairs, seen = _lengths(samples, recipe, model)
         longest = np.ones(len(self._shape_names), np.int64)
         np.maximum.at(longest, self._shape_of, self._tokens)
         self._samples_per_batch = np.clip(self._data.micro_batch_tokens // longest, 1, self._data.max_per_pack)
         kinds = {k: pc.fill_null(pc.equal(samples["kind"], k), False).to_numpy() for k in KINDS}
+        self._pair_share = {k: _share_of_pairs(self._shape_of[kinds[k]], *seen) for k in KINDS}
         held_out = samples["held_out"].to_numpy()
         self._held_out = {k: np.flatnonzero(kinds[k] & held_out) for k in KINDS}
         rows = {k: np.flatnonzero(kinds[k] & ~held_out) for k in KINDS}
@@ -194,7 +198,7 @@ class Plan:
             tokens = _rounded(self._tokens[rows], self._data.micro_batch_tokens)
             shapes = self._pack_shapes(tokens)
             packs = fill(shapes, tokens, key)
-            bucket = per_pack(shapes, self._cost_class(shapes))
+            bucket = per_pack(shapes, self._cost_class(kind, shapes))
             names = {int(c): f"{kind}/cost{int(c):+d}" for c in np.unique(bucket)}
             return MicroBatches(rows[packs.rows], repeats[packs.rows], packs.starts, bucket, names)
         shape = self._shape_of[rows]
@@ -208,10 +212,20 @@ class Plan:
         names = {int(c): f"{kind}/{self._shape_names[c]}" for c in np.unique(bucket)}
         return MicroBatches(rows[order], repeats[order], np.concatenate(starts), bucket, names)
 
-    def _cost_class(self, shapes: Sequence[PackShape]) -> np.ndarray:
-        """int64 [shapes]: cost of a pack in steps of `_COST_STEP`; a full pack without attention would cost 0 steps."""
-        cost = np.array([sum(n + n * n / _EQUAL_COST_TOKENS for n in s.lengths) for s in shapes], np.float64)
-        return np.floor(np.log(cost / self._data.micro_batch_tokens) / np.log(_COST_STEP)).astype(np.int64)
+    def _cost_class(self, kind: str, shapes: Sequence[PackShape]) -> np.ndarray:
+        """int64 [shapes]: class of cost of packs of one kind. It must follow from lengths, as packs are made from them before
+        rows are dealt to them, so where attention is windowed a pair counts as much as the mean over the kind's samples."""
+        lengths = np.array([length for s in shapes for length in s.lengths], np.int64)
+        starts = np.cumsum([0, *(len(s.lengths) for s in shapes)])[:-1]
+        tokens, squares = (np.add.reduceat(x, starts) if len(starts) else x for x in (lengths, lengths**2))
+        seconds = self.cost.seconds(tokens, squares * self._pair_share[kind])
+        return self.cost.classes(seconds, self._data.micro_batch_tokens)
+
+    def _costs(self, batches: Sequence[np.ndarray]) -> np.ndarray:
+        """Seconds of micro-batches, given the rows of each."""
+        rows = np.concatenate(batches)
+        starts = np.cumsum([0, *(len(batch) for batch in batches)])[:-1]
+        return self.cost.of_packs(self._tokens[rows], self._pairs[rows], starts)
 
     def _pack_shapes(self, tokens: np.ndarray) -> list[PackShape]:
         """Packs for these lengths. Kept by how often each occurs: where every weight is whole that is the same every epoch."""
@@ -230,7 +244,7 @@ class Plan:
             rows, _ = self._draws(kind, epoch)
             if self._data.packing == "spfhp":
                 shapes = self._pack_shapes(_rounded(self._tokens[rows], self._data.micro_batch_tokens))
-                batches = np.unique(per_pack(shapes, self._cost_class(shapes)), return_counts=True)[1]
+                batches = np.unique(per_pack(shapes, self._cost_class(kind.name, shapes)), return_counts=True)[1]
             else:
                 drawn = np.bincount(self._shape_of[rows], minlength=len(self._samples_per_batch))
                 batches = np.ceil(drawn / self._samples_per_batch)
@@ -241,7 +255,7 @@ class Plan:
         """A whole epoch. The last one asked for is kept."""
         if epoch not in self._built:
             batches = [self._batches(k.name, *self._draws(k, epoch), epoch) for k in self._kinds]
-            self._built = {epoch: deal_steps(batches, self._data.micro_batches_per_step, self._data.seed, epoch)}
+            self._built = {epoch: deal_steps(batches, self._data.micro_batches_per_step, self._data.seed, epoch, self._costs)}
         return self._built[epoch]
 
 
@@ -259,16 +273,41 @@ def _by_clip(name: str, rows: np.ndarray, clips: np.ndarray, weights: np.ndarray
     return _Kind(name, rows, rows[of], low, low + weight)
 
 
-def _lengths(samples: pa.Table, recipe: Recipe) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """Names of the shapes that occur (frames x height x width in px); each row's shape [N], and its tokens with text [N]."""
+def _model(recipe: Recipe) -> DiTConfig:
+    """The recipe's network; how wide its texts are does not bear on the plan."""
+    return model_config(recipe, (1,) * len(recipe.encoders.text))
+
+
+class _Seen(NamedTuple):
+    """Of every shape that occurs [shapes]: video tokens, and the pairs among them."""
+
+    tokens: np.ndarray
+    pairs: np.ndarray
+
+
+def _lengths(samples: pa.Table, recipe: Recipe, model: DiTConfig) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray, _Seen]:
+    """Names of the shapes that occur (frames x height x width in px); of each row [N] its shape, its tokens with text, and the
+    pairs of tokens that see each other; and the same of the shapes, without text."""
     columns = [samples[name].to_numpy().astype(np.int64) for name in ("frames", "height_px", "width_px")]
     found, code = np.unique(columns[0] << 40 | columns[1] << 20 | columns[2], return_inverse=True)
     shapes = [VideoShape(int(v) >> 40, int(v) >> 20 & 0xFFFFF, int(v) & 0xFFFFF) for v in found]
-    video = np.array([shape.latent.tokens for shape in shapes], np.int64)
-    text = samples["text_tokens"].to_numpy().astype(np.int64) if "text_tokens" in samples.column_names else TEXT_TOKENS
+    seen = _Seen(
+        np.array([shape.latent.tokens for shape in shapes], np.int64),
+        np.array([video_pairs(shape.latent.grid, model) for shape in shapes], np.int64),
+    )
+    known = "text_tokens" in samples.column_names
+    text = samples["text_tokens"].to_numpy().astype(np.int64) if known else np.full(len(samples), TEXT_TOKENS, np.int64)
     multiple, encoders = recipe.data.text_multiple, len(recipe.encoders.text)
     text = (text + encoders * (multiple - 1)) // multiple * multiple  # the most that rounding up each encoder's part can make
-    return ["x".join(map(str, shape)) for shape in shapes], code, video[code] + text
+    pairs = sample_pairs(text, seen.tokens[code], seen.pairs[code])
+    return ["x".join(map(str, shape)) for shape in shapes], code, seen.tokens[code] + text, pairs, seen
+
+
+def _share_of_pairs(shape_of: np.ndarray, tokens: np.ndarray, pairs: np.ndarray) -> float:
+    """Pairs of video tokens that see each other, of all pairs of samples of these shapes; 1 under full attention."""
+    counts = np.bincount(shape_of, minlength=len(tokens)).tolist()
+    everything = sum(n * t * t for n, t in zip(counts, tokens.tolist()))
+    return sum(n * p for n, p in zip(counts, pairs.tolist())) / everything if everything else 1.0
 
 
 def _rounded(tokens: np.ndarray, capacity: int) -> np.ndarray:

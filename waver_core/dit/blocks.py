@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from waver_core.dit.attention import attention
+from waver_core.dit.attention import AttentionPlan, attention
 from waver_core.dit.config import DiTConfig
-from waver_core.dit.layout import AttentionPlan, Layout, Segments
+from waver_core.dit.layout import Layout, Segments
 from waver_core.dit.positions import rotate
 
 
@@ -116,11 +116,11 @@ class SingleBlock(nn.Module):
         return self.stream.finish(joint, attended, mod, layout.joint)
 
 
-def initialise(module: nn.Module) -> None:
-    """Xavier for every projection; modulations start at zero, so that every block starts as the identity."""
+def initialise(module: nn.Module, *, zero: bool = False) -> None:
+    """Xavier for every projection, or zeros; modulations start at zero, so that every block starts as the identity."""
     for name, child in module.named_modules():
         if isinstance(child, nn.Linear):
-            if name.endswith("modulation"):
+            if zero or name.endswith("modulation"):
                 nn.init.zeros_(child.weight)
             else:
                 nn.init.xavier_uniform_(child.weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from waver_core.dit.blocks import DualBlock, Rope, SingleBlock, initialise, modulated
 from waver_core.dit.config import DiTConfig
-from waver_core.dit.layout import Layout
+from waver_core.dit.layout import Layout, SequenceGroup
 from waver_core.dit.patches import patchify, unpatchify
 from waver_core.dit.positions import FactorisedPositions, rope_angles, timestep_features
 from waver_core.errors import UserError
@@ -46,6 +47,8 @@ class WaverDiT(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         self.config = config
+        self.sequence_group: SequenceGroup | None = None
+        """Workers that compute every batch together with this one; all of them call the model with the same samples."""
         width = config.width
         self.video_in = nn.Linear(config.in_features, width)
         self.positions = FactorisedPositions(config.max_grid, width)
@@ -58,11 +61,28 @@ class WaverDiT(nn.Module):
         self.video_out = nn.Linear(width, config.out_features)
         self.reset_parameters()
 
+    def blocks(self) -> list[nn.Module]:
+        """All blocks in order, dual ones first."""
+        return [*self.dual_blocks, *self.single_blocks]
+
     def reset_parameters(self) -> None:
-        """Start values; the prediction starts at zero."""
-        initialise(self)
+        """Start values; every block starts as the identity, and the prediction at zero."""
+        for block in self.blocks():
+            self.reset_block(block)
+        self.reset_ends()
+
+    def reset_block(self, block: nn.Module) -> None:
+        """Start values of one block."""
+        initialise(block)
+
+    def reset_ends(self) -> None:
+        """Start values of all that lies before and after the blocks."""
+        for name, child in self.named_children():
+            if name not in ("dual_blocks", "single_blocks"):
+                initialise(child, zero=name in ("final_modulation", "video_out"))
         self.positions.reset_parameters()
-        nn.init.zeros_(self.video_out.weight)
+        for projection in self.text_in:
+            nn.init.zeros_(projection.origin)
 
     def forward(
         self, patches: Tensor, texts: Sequence[Tensor], timesteps: Tensor, layout: Layout, tap: int | None = None
@@ -79,8 +99,8 @@ class WaverDiT(nn.Module):
         dtype = self.video_in.weight.dtype  # bf16 where weights are; inputs come in fp32, and timesteps and angles stay so
         patches, texts = patches.to(dtype), [text.to(dtype) for text in texts]
         time = F.silu(self.time_in(timestep_features(timesteps).to(patches.dtype)))
-        video = self.video_in(patches) + self.positions(layout.positions).to(patches.dtype)
-        text = self._text(texts, layout)
+        video = self.video_in(layout.own_video(patches)) + self.positions(layout.positions).to(patches.dtype)
+        text = layout.own_text(self._text(texts, layout))
         rope = self._rope(layout)
         plans = [layout.plan(self.config.attention_kind(i)) for i in range(self.config.blocks)]
         tapped = None
@@ -98,7 +118,8 @@ class WaverDiT(nn.Module):
         video = layout.split(joint)[1]
 
         shift, scale = self.final_modulation(time).chunk(2, dim=-1)
-        return DiTOutput(self.video_out(modulated(self.final_norm(video), shift, scale, layout.video)), tapped)
+        out = self.video_out(modulated(self.final_norm(video), shift, scale, layout.video))
+        return DiTOutput(layout.whole_video(out), None if tapped is None else layout.whole_video(tapped))
 
     def velocity(
         self, latents: Sequence[Tensor], texts: Sequence[Sequence[Tensor]], timesteps: Tensor, tap: int | None = None
@@ -106,7 +127,8 @@ class WaverDiT(nn.Module):
         """The same for samples: inputs [36, T, h, w] each, texts[sample][encoder] [L, dim] -> velocities [16, T, h, w] each,
         and what was tapped."""
         shapes = [LatentShape(*x.shape[1:]) for x in latents]
-        layout = Layout(shapes, [[len(t) for t in sample] for sample in texts], latents[0].device)
+        lengths = tuple(tuple(len(t) for t in sample) for sample in texts)
+        layout = _layout(tuple(shapes), lengths, latents[0].device, self.sequence_group)
         flat = [torch.cat([sample[e] for sample in texts]) for e in range(len(self.text_in))]
         out = self(patchify(latents), flat, timesteps, layout, tap)
         return unpatchify(out.patches, shapes), out.tapped
@@ -132,3 +154,14 @@ class WaverDiT(nn.Module):
                         f"{shape.pixels} makes {shape.grid} tokens; this model's position tables hold {self.config.max_grid} "
                         "along time, height and width: shorten or shrink the video, or raise model.overrides.max_grid and train"
                     )
+
+
+@lru_cache(maxsize=16)
+def _layout(
+    shapes: tuple[LatentShape, ...],
+    text_lengths: tuple[tuple[int, ...], ...],
+    device: torch.device,
+    group: SequenceGroup | None,
+) -> Layout:
+    """Batches of a shape come again and again: what is known of their tokens is made once."""
+    return Layout(shapes, text_lengths, device, group)

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from training.data.cost import MicroBatchCost
 from training.data.epochs import Draw, Step
 from training.data.plan import TEXT_TOKENS, Plan
 from training.recipe import Recipe
@@ -112,6 +113,9 @@ def test_the_workers_together_train_the_step_whatever_their_number(seed: int, wo
         shares = [step.share(rank, world) for rank in range(world)]
         assert sorted(batch for share in shares for batch in share) == sorted(step.micro_batches)
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
+        assert max(map(len, shares)) == -(-len(step.micro_batches) // world)
+        assert step.share(0, 1) == step.micro_batches
+        assert [step.share(rank, world) for rank in range(world)] == shares
 
 
 @given(seed=st.integers(0, 99), epochs=st.sampled_from([0.3, 1.0, 1.5, 2.0, 2.7]), cut=st.floats(0, 1), packing=PACKINGS)
@@ -232,20 +236,85 @@ def test_max_steps_decides_alone() -> None:
     assert long.locate(3 * n) == (3, 0)
 
 
-def test_steps_hold_packs_of_about_the_same_cost() -> None:
-    """A pack of one long sequence costs several times one of many short ones, so they never meet in a step."""
-    n = 400
+def long_and_short(n: int) -> pa.Table:
+    """Videos of 480p: one in ten fills a micro-batch alone."""
     frames = np.where(np.arange(n) % 10 == 0, 157, 29).astype(np.int32)
     columns = {"frames": frames, "height_px": np.full(n, 480, np.int32), "width_px": np.full(n, 864, np.int32)}
     samples = make_samples(n, images=False)
     for name, values in columns.items():
         samples = samples.set_column(samples.schema.get_field_index(name), name, pa.array(values))
-    plan = Plan(samples, make_recipe(micro_batch_tokens=65_536, max_per_pack=64))
+    return samples
+
+
+LARGE = {"micro_batch_tokens": 65_536, "max_per_pack": 64}
+
+
+def test_steps_hold_packs_of_about_the_same_cost() -> None:
+    """A pack of one long sequence costs several times one of many short ones, so they never meet in a step."""
+    samples = long_and_short(400)
     tokens = tokens_of(samples)
-    cost = tokens + tokens.astype(float) ** 2 / 18_432
-    costs = [[cost[[d.row for d in batch]].sum() for batch in step.micro_batches] for step in plan.steps(0)]
-    assert max(max(c) / min(c) for c in costs) <= 1.25
-    assert max(map(max, costs)) / min(map(max, costs)) > 2
+    measured = {"fixed_s": 0.1, "per_token_s": 1e-5, "per_pair_s": 5e-10}
+    for setting, even_at in ((None, 6 * 128), (measured, None)):  # the preset `tiny` is 128 wide
+        plan = Plan(samples, make_recipe(cost=setting, **LARGE))
+        per_pair = measured["per_pair_s"] if even_at is None else measured["per_token_s"] / even_at
+        fixed = measured["fixed_s"] if even_at is None else 0.0
+        cost = MicroBatchCost(fixed_s=fixed, per_token_s=1e-5, per_pair_s=per_pair)
+        wanted = [[cost.of([int(tokens[d.row]) for d in batch]) for batch in step.micro_batches] for step in plan.steps(0)]
+        assert max(max(c) / min(c) for c in wanted) <= 1.25 * 1.02  # lengths were rounded up before they were packed
+        assert max(map(max, wanted)) / min(map(max, wanted)) > 2
+        for step, costs in zip(plan.steps(0), wanted):
+            ratio = np.array(step.costs) / costs  # counted in seconds of another machine
+            assert ratio == pytest.approx(np.full(len(costs), ratio[0]))
+            if even_at is None:
+                assert ratio[0] == pytest.approx(1)
+            assert step.costs[step.micro_batches.index(step.cheapest)] == min(step.costs)
+
+
+def test_a_measured_cost_decides_what_meets_in_a_step() -> None:
+    samples = long_and_short(400)
+    buckets = {}
+    for per_pair in (0.0, 1e-12, 1e-9):
+        plan = Plan(samples, make_recipe(cost={"fixed_s": 1.0, "per_token_s": 0.0, "per_pair_s": per_pair}, **LARGE))
+        buckets[per_pair] = len({step.bucket for step in plan.steps(0)})
+        assert sorted(draws_of(plan.steps(0))) == [Draw(row, 0, 0) for row in range(400)]
+    assert buckets[0.0] == buckets[1e-12] == 1 < buckets[1e-9]  # where only launches take time, all packs are alike
+
+
+@pytest.mark.parametrize("packing", ["spfhp", "bucket"])
+def test_workers_get_equal_work_and_the_same_at_every_place(packing: str) -> None:
+    plan = Plan(make_samples(900, images=False), make_recipe(packing=packing, micro_batches_per_step=32))
+    waits = {"cost": 0.0, "turns": 0.0}
+    for step in plan.steps(0):
+        if len(step.micro_batches) < 32:
+            continue
+        cost = dict(zip(step.micro_batches, step.costs))
+        shares = [step.share(rank, 8) for rank in range(8)]
+        loads = [sum(cost[batch] for batch in share) for share in shares]
+        assert max(loads) - min(loads) <= max(step.costs) - min(step.costs)
+        for name, dealt in (("cost", shares), ("turns", [step.micro_batches[rank::8] for rank in range(8)])):
+            places = [[cost[batch] for batch in place] for place in zip(*dealt)]
+            waits[name] += sum(max(place) - sum(place) / 8 for place in places)
+    assert 0 < waits["cost"] < 0.5 * waits["turns"]
+
+
+def test_a_refiner_s_windows_make_long_videos_cheaper() -> None:
+    samples = long_and_short(200)
+    overrides = {"dual_blocks": 4, "single_blocks": 16}
+    steps = {}
+    for task in ("t2v", "refine"):
+        recipe = make_recipe(**LARGE, packing="bucket").model_copy(update={"task": task})
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"overrides": overrides})})
+        steps[task] = list(Plan(samples, recipe).steps(0))
+        packed = Plan(samples, recipe.model_copy(update={"data": recipe.data.model_copy(update={"packing": "spfhp"})}))
+        ratios = [max(step.costs) / min(step.costs) for step in packed.steps(0)]
+        assert max(ratios) <= 1.25 * 1.02
+    assert [s.micro_batches for s in steps["t2v"]] == [s.micro_batches for s in steps["refine"]]
+    cheaper = {
+        step.bucket: np.array(windowed.costs).sum() / np.array(step.costs).sum()
+        for step, windowed in zip(steps["t2v"], steps["refine"])
+    }
+    long, short = (cheaper[f"video/{frames}x480x864"] for frames in (157, 29))
+    assert 0.4 < long < short < 1  # 18 of 20 blocks in windows: attention of 0.4 of the pairs
 
 
 @pytest.mark.parametrize("packing", ["spfhp", "bucket"])

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from waver_core.dit.attention import MAX_PADDING, attention, groups_of_like_length, segmented
+from waver_core.dit.attention import MAX_PADDING, AttentionPlan, attention, groups_of_like_length, segmented
 from waver_core.dit.layout import Layout
 from waver_core.shapes import LatentShape
 
@@ -91,7 +91,7 @@ def test_segments_of_any_lengths_are_exact(lengths: list[tuple[int, int]]) -> No
     k, v = torch.randn(2, sum(k_lengths), HEADS, DIM, generator=generator, dtype=torch.float64)
     q_owner, k_owner = (torch.repeat_interleave(torch.arange(len(n)), torch.tensor(n)) for n in (q_lengths, k_lengths))
     wanted = naive(q, k, v, q_owner[:, None] == k_owner)
-    assert torch.allclose(segmented(q, k, v, q_lengths, k_lengths), wanted, atol=1e-12)
+    assert torch.allclose(segmented(q, k, v, AttentionPlan(q_lengths, k_lengths)), wanted, atol=1e-12)
 
 
 @given(st.lists(st.tuples(st.integers(1, 400), st.integers(1, 400)), min_size=1, max_size=40))
@@ -110,7 +110,7 @@ def test_segments_of_one_length_are_one_group() -> None:
 
 def test_padding_leaves_no_trace_of_the_token_it_repeats() -> None:
     q, k, v = qkv(9)
-    out = segmented(q, k, v, (5, 4), (5, 4))
+    out = segmented(q, k, v, AttentionPlan((5, 4), (5, 4)))
     (q_grad, k_grad, v_grad) = torch.autograd.grad(out[5:].sum(), (q, k, v))
     for grad in (q_grad, k_grad, v_grad):
         assert not grad[:5].any()

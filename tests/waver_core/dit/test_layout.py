@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from waver_core.dit.layout import WINDOWS, AttentionPlan, Layout, Segments, window_tokens
+from waver_core.dit.attention import AttentionPlan
+from waver_core.dit.layout import WINDOWS, Layout, Segments, window_tokens
 from waver_core.shapes import LatentShape
 
 GRIDS = st.tuples(st.integers(1, 5), st.integers(1, 9), st.integers(1, 9))
