@@ -21,7 +21,7 @@ from waver_core.flow import objectives
 from waver_core.flow.degradation import degrade_latents
 from waver_core.flow.timesteps import Shifted, clamp, named
 from waver_core.flow.timesteps import Timesteps as Distribution
-from waver_core.shapes import SPATIAL_STRIDE, TEMPORAL_STRIDE
+from waver_core.shapes import SPATIAL_STRIDE, TEMPORAL_STRIDE, LatentShape
 
 IMAGE, VIDEO = "image", "video"
 
@@ -43,6 +43,11 @@ class Example(NamedTuple):
     """"image" or "video\""""
     task: str
     """What was given: t2i, t2v, i2v, interpolation, refine"""
+
+    @property
+    def tokens(self) -> int:
+        """Of video and text."""
+        return LatentShape(*self.inputs.shape[1:]).tokens + sum(len(text) for text in self.texts)
 
     def to(self, device: str) -> Example:
         """The same on a device; `t` is fp32 everywhere."""

@@ -114,7 +114,7 @@ def build(
         notes += (f"The recipe computes in float32; rates are those of bf16 on a {cluster.accelerator.name}.",)
     device = cluster.accelerator
     memory_bytes = (recipe.parallel.memory_gib or device.memory_gib) * 2**30
-    drawn = _drawn(recipe, encoded, curated)
+    drawn, rates = _drawn(recipe, encoded, curated), rates_of(device, measured)
     memory = stage_memory(
         recipe,
         config,
@@ -124,13 +124,14 @@ def build(
         host_bytes=device.host_gib * 2**30,
         feature_dim=features,
         text_tokens=sum(drawn.texts),
+        rates=rates,
     )
     setting = Setting(
         config=config,
         parameters=memory.parameters,
         mesh=mesh,
         cluster=cluster,
-        rates=rates_of(device, measured),
+        rates=rates,
         memory=memory.plan,
         micro_batches_per_step=per_step,
         itemsize=itemsize,

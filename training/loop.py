@@ -167,6 +167,7 @@ class _Run:
         self.optimizer.zero_grad(set_to_none=True)
         for number, batch in enumerate(batches):
             examples = [example.to(self.worker.device) for example in batch]
+            self.spread.prepare(sum(example.tokens for example in batch) // self.worker.sequence)
             with self._autocast():
                 losses = self.trainee(examples)
             # Workers average their gradients, so each multiplies by their number: the mean is over the samples of the step.

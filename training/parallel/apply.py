@@ -8,14 +8,17 @@ from collections import Counter
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from training.parallel.budget import stage_memory
 from training.parallel.checkpointing import checkpoint_block, kept_ops
 from training.parallel.compiling import compile_block
 from training.parallel.fsdp import materialise
+from training.parallel.hardware import accelerator_of
 from training.parallel.memory import MemoryPlan
 from training.parallel.mesh import MeshPlan, sequence_group
 from training.parallel.offload import Offload
+from training.parallel.rates import rates_of
 from training.recipe import Recipe
 from training.trainee import Trainee
 from waver_core.sequence_parallel import Ulysses
@@ -31,6 +34,11 @@ class Spread(NamedTuple):
     def gives_up(self) -> bool:
         """Whether anything is computed again or moved."""
         return set(self.memory.modes) != {"none"} or any(self.memory.offloaded)
+
+    def prepare(self, tokens: int) -> None:
+        """Of the next micro-batch, so many tokens on this worker: one that fits the device anyway is not offloaded."""
+        if self.offload is not None:
+            self.offload.enabled = tokens > self.memory.offload_above
 
     def __str__(self) -> str:
         modes = Counter(self.memory.modes)
@@ -64,15 +72,36 @@ def parallelise(trainee: Trainee, recipe: Recipe, plan: MeshPlan, device: str) -
 
 
 def memory_plan(trainee: Trainee, recipe: Recipe, plan: MeshPlan, device: str) -> MemoryPlan:
-    """What each block keeps for its backward, and where: as the recipe says, or, with `auto`, what fits beside the weights."""
+    """What each block keeps for its backward, and where: as the recipe says, or, with `auto`, what fits beside the weights.
+
+    The same on all workers: where one computed a block again and another did not, their exchanges would not meet.
+    """
     on_gpu = device.startswith("cuda")
+    rates = None
     memory_bytes = None if recipe.parallel.memory_gib is None else recipe.parallel.memory_gib * 2**30
-    if memory_bytes is None and on_gpu:
-        memory_bytes = float(torch.cuda.get_device_properties(device).total_memory)
-    feature_dim = None if trainee.alignment is None else trainee.alignment.dim
+    if on_gpu:
+        known = accelerator_of(torch.cuda.get_device_name(device))
+        rates = None if known is None else rates_of(known)
+        memory_bytes = memory_bytes or _least(torch.cuda.get_device_properties(device).total_memory, plan, device)
+    host_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     neighbours = torch.cuda.device_count() if on_gpu else plan.world
-    host_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / neighbours
     found = stage_memory(
-        recipe, trainee.dit.config, plan, memory_bytes, on_gpu=on_gpu, host_bytes=host_bytes, feature_dim=feature_dim
+        recipe,
+        trainee.dit.config,
+        plan,
+        memory_bytes,
+        on_gpu=on_gpu,
+        host_bytes=_least(host_bytes / neighbours, plan, device),
+        feature_dim=None if trainee.alignment is None else trainee.alignment.dim,
+        rates=rates,
     )
     return found.plan
+
+
+def _least(value: float, plan: MeshPlan, device: str) -> float:
+    """The least of all workers' values."""
+    if plan.world == 1:
+        return float(value)
+    shared = torch.tensor([value], dtype=torch.float64, device=device)
+    dist.all_reduce(shared, op=dist.ReduceOp.MIN)
+    return float(shared.item())

@@ -191,11 +191,12 @@ def kept_bytes(setting: Setting, batch: MicroBatch) -> tuple[int, int]:
     """Activations of a micro-batch that a worker keeps for backward, on its device and in host memory."""
     parts, config = setting.mesh.sequence, setting.config
     local = (-(-batch.video_tokens // parts), -(-batch.text_tokens // parts), len(batch.shapes), setting.itemsize)
-    held = [0, 0]
-    for number, (mode, offloaded) in enumerate(zip(setting.memory.modes, setting.memory.offloaded, strict=True)):
+    held, plan = [0, 0], setting.memory
+    fits = local[0] + local[1] <= plan.offload_above
+    for number, (mode, offloaded) in enumerate(zip(plan.modes, plan.offloaded, strict=True)):
         windows = prod(WINDOWS.get(config.attention_kind(number), (1,)))
         kind: Literal["dual", "single"] = "dual" if number < config.dual_blocks else "single"
-        held[offloaded] += getattr(block_bytes(config, kind, *local, windows=windows, sequence=parts), mode)
+        held[offloaded and not fits] += getattr(block_bytes(config, kind, *local, windows=windows, sequence=parts), mode)
     return held[0], held[1]
 
 

@@ -1,7 +1,7 @@
 """Accelerators by name, a stated cluster of them, and how fast groups of workers exchange data in it.
 
 Figures are the makers' data sheets: dense bf16 (not the doubled one with sparsity), and every link one way. What is really had
-of them is said in `training.parallel.cost.Assumptions`.
+of them is said in `training.parallel.rates.ASSUMED`.
 """
 
 from __future__ import annotations
@@ -45,6 +45,12 @@ ACCELERATORS = {
         Accelerator("cpu", 4.0, 0.05, 10, 2, 1, 10, 64, 4),  # a worker with one core, fp32: an order of magnitude, no data sheet
     )
 }
+
+
+def accelerator_of(device_name: str) -> Accelerator | None:
+    """The one that a driver's name of a device ("NVIDIA H200") tells of; None where it is not known."""
+    words = device_name.upper().replace("-", " ").split()
+    return next((each for each in ACCELERATORS.values() if each.name.upper() in words), None)
 
 
 def accelerator(name: str) -> Accelerator:

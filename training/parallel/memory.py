@@ -9,7 +9,7 @@ timesteps, indices of a pack) is counted once.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from training.parallel.checkpointing import Mode
@@ -44,6 +44,8 @@ class MemoryPlan:
     """Of a micro-batch, on the host of one worker."""
     ahead: int = 1
     """Blocks by which `Offload` must fetch early so that copies hide."""
+    offload_above: int = 0
+    """Tokens on a worker up to which a micro-batch fits the device without offloading, whatever `offloaded` says."""
 
 
 def block_bytes(
@@ -150,7 +152,7 @@ def plan_memory(
     on_device = [plan for plan in plans if plan.device_bytes <= budget_bytes]
     for plan in on_device:
         if host_budget_bytes is None or plan.host_bytes <= host_budget_bytes:
-            return plan
+            return replace(plan, offload_above=blocks.fitting_tokens(plan, video_tokens + text_tokens, budget_bytes))
     raise UserError(_does_not_fit(plans, on_device, budget_bytes, video_tokens + text_tokens, checkpointing, offload))
 
 
@@ -193,6 +195,11 @@ class _Blocks(NamedTuple):
         back = min(len(away), ahead + 1) * largest
         device = sum(kept) - sum(away) + max(out, back + recomputed) + self.shared
         return MemoryPlan(tuple(modes), tuple(offloaded), device, sum(away), ahead)
+
+    def fitting_tokens(self, plan: MemoryPlan, tokens: int, budget_bytes: float) -> int:
+        """Tokens that fit without offloading: what is kept grows with them. A little less, for what each sample adds."""
+        kept = self.plan(plan.modes, [False] * len(plan.modes)).device_bytes
+        return int(0.95 * tokens * min(1.0, budget_bytes / kept)) if any(plan.offloaded) else 0
 
     def _ahead(self, moved: int) -> int:
         """A block's backward takes twice its forward."""

@@ -151,6 +151,8 @@ class Offload:
     ) -> None:
         self.device = torch.device(device)
         self.min_bytes, self.ahead, self.in_flight = min_bytes, ahead, in_flight
+        self.enabled = True
+        """Whether blocks whose forward begins now move what they save."""
         self.traffic = Traffic()
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self._pool = HostPool(piece_bytes, pinned=self._stream is not None)
@@ -188,7 +190,7 @@ class Offload:
             return
         self._forget()
         weights = {p.untyped_storage().data_ptr() for p in block.parameters()}  # those that FSDP has gathered by now
-        group = _Group(self._last, moves, weights)
+        group = _Group(self._last, moves and self.enabled, weights)
         hooks = saved_tensors_hooks(partial(self._pack, group), self._unpack)
         hooks.__enter__()
         self._last, self._open = weakref.ref(group), (group, hooks)

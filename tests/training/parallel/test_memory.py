@@ -180,6 +180,22 @@ def test_a_copy_longer_than_a_backward_is_fetched_earlier() -> None:
     assert plan.ahead == 3
 
 
+@settings(max_examples=40, deadline=None)
+@given(gib=st.floats(20, 270), tokens=st.integers(5_000, 200_000))
+def test_a_micro_batch_that_is_not_offloaded_fits(gib: float, tokens: int) -> None:
+    try:
+        plan = plan_memory(LARGE, tokens, 512, 1, gib * GIB, checkpointing="selective")
+    except UserError:
+        return
+    if not any(plan.offloaded):
+        assert plan.offload_above == 0
+        return
+    assert 0 < plan.offload_above < tokens
+    video = max(1, plan.offload_above - 512)
+    kept = plan_memory(LARGE, video, 512, 8, float("inf"), checkpointing="selective", offload="none")
+    assert kept.device_bytes <= gib * GIB
+
+
 def test_choices_may_be_fixed() -> None:
     budget = need(checkpointing="full", offload="none").device_bytes * 1.2
     for mode in MODES:

@@ -125,6 +125,20 @@ def test_small_tensors_stay() -> None:
     assert offload.traffic.moved == 0 and offload.host_bytes == 0
 
 
+def test_it_can_be_left_out_for_a_micro_batch() -> None:
+    blocks, offload = chain(3)
+    offload.enabled = False
+    run(blocks).backward()
+    assert offload.traffic.moved == 0
+    alone = [block.weight.grad.clone() for block in blocks if block.weight.grad is not None]
+    for block in blocks:
+        block.weight.grad = None
+    offload.enabled = True
+    run(blocks).backward()
+    assert offload.traffic.moved > 0 and len(alone) == 3
+    assert all(torch.equal(a, block.weight.grad) for a, block in zip(alone, blocks, strict=True) if block.weight.grad is not None)
+
+
 @pytest.mark.parametrize("ahead", [1, 2, 3])
 def test_what_a_block_saved_is_fetched_while_the_one_after_it_is_at_work(ahead: int) -> None:
     blocks, offload = chain(8, ahead=ahead, in_flight=1)
