@@ -217,6 +217,8 @@ def _worker(config: dict[str, Any]) -> None:
     """In every worker process, by Ray Train."""
     if _ROOT not in sys.path:
         sys.path.insert(0, _ROOT)
+    # Packs have another shape every time: without it the allocator's pieces fit ever less. Read when CUDA starts.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     import ray
     import torch
     from ray.train import get_context

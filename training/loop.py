@@ -7,6 +7,7 @@ last checkpoint has the losses of one that was not.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -80,6 +81,7 @@ class _Run:
             self.trainee = Trainee(config, recipe, facts.feature_dim)
         self.dtype = getattr(torch, recipe.workers.dtype)
         self.spread = parallelise(self.trainee, recipe, self.mesh, worker.device)
+        watchdog.beat("its model")
         self.graphs = 0
         if worker.leads and (worker.world > 1 or self.spread.gives_up):
             tell(f"{self.mesh}; {self.spread}")
@@ -99,6 +101,7 @@ class _Run:
             record=record_of(recipe, self.facts),
         )
         self.progress = self.checkpoints.restore(self.trainee, self.ema, self.optimizer) or Progress(0)
+        watchdog.beat("its checkpoint")
         self.sample_digest = facts.digest
         if self.progress.scalars.get("sample_digest", facts.digest) != facts.digest:
             raise UserError(
@@ -183,8 +186,7 @@ class _Run:
         rate = self.recipe.optimizer.lr * self._rate_factor(step, total)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        norm = torch.nn.utils.clip_grad_norm_(self.trainee.parameters(), self.recipe.optimizer.max_grad_norm)
-        norm_value = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        norm_value = self._clip()
         self.samples_seen += samples
         self.tokens_seen += self.plan.tokens(drawn)
         accepted = self.guard.accepts(step, float(loss), norm_value)
@@ -193,6 +195,16 @@ class _Run:
             self.ema.update(self.trainee, step)
         numbers = {"loss": float(loss), "grad_norm": norm_value, "lr": rate, "samples": samples, "bucket": drawn.bucket}
         return numbers if accepted else {**numbers, "skipped": 1}
+
+    def _clip(self) -> float:
+        """Clip the gradients; returns their norm before. Replicas sum it up each by themselves, and must not differ in a bit."""
+        parameters = [p for p in self.trainee.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        value = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        if self.mesh.replicate > 1:
+            value = self.worker.most(value if math.isfinite(value) else math.inf)
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.recipe.optimizer.max_grad_norm, torch.tensor(value))
+        return value
 
     def _compiled(self) -> dict[str, float]:
         """What compiling has taken so far; said aloud where it has grown."""
@@ -297,4 +309,5 @@ def _adamw(trainee: Trainee, recipe: Recipe) -> torch.optim.AdamW:
     matrices = [p for name, p in named if p.ndim > 1 and ".positions." not in name]
     others = [p for name, p in named if p.ndim <= 1 or ".positions." in name]
     groups = [{"params": matrices, "weight_decay": recipe.optimizer.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=recipe.optimizer.lr, betas=recipe.optimizer.betas, eps=recipe.optimizer.eps)
+    fused = next(trainee.parameters()).is_cuda  # one kernel, and no copy of a shard beside it
+    return torch.optim.AdamW(groups, fused=fused, lr=recipe.optimizer.lr, betas=recipe.optimizer.betas, eps=recipe.optimizer.eps)

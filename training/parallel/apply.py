@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -83,7 +84,6 @@ def memory_plan(trainee: Trainee, recipe: Recipe, plan: MeshPlan, device: str) -
         known = accelerator_of(torch.cuda.get_device_name(device))
         rates = None if known is None else rates_of(known)
         memory_bytes = memory_bytes or _least(torch.cuda.get_device_properties(device).total_memory, plan, device)
-    host_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     neighbours = torch.cuda.device_count() if on_gpu else plan.world
     found = stage_memory(
         recipe,
@@ -91,11 +91,21 @@ def memory_plan(trainee: Trainee, recipe: Recipe, plan: MeshPlan, device: str) -
         plan,
         memory_bytes,
         on_gpu=on_gpu,
-        host_bytes=_least(host_bytes / neighbours, plan, device),
+        host_bytes=_least(_host_bytes() / neighbours, plan, device),
         feature_dim=None if trainee.alignment is None else trainee.alignment.dim,
         rates=rates,
     )
-    return found.plan
+    answer = [found.plan]
+    if plan.world > 1:
+        dist.broadcast_object_list(answer, src=0)
+    return answer[0]
+
+
+def _host_bytes() -> float:
+    """Memory of this host, or what its container may take of it."""
+    limit = Path("/sys/fs/cgroup/memory.max")
+    told = limit.read_text().strip() if limit.is_file() else "max"
+    return min(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), float("inf") if told == "max" else int(told))
 
 
 def _least(value: float, plan: MeshPlan, device: str) -> float:

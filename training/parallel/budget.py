@@ -27,6 +27,9 @@ without compilation, which has rotations in fp32 one by one; and what Ulysses se
 HOST_SHARE = 0.75
 """Of host memory, for activations; the rest is for data, checkpoints under way and the system."""
 
+MIXED = 3
+"""Bytes of a saved number where about half of what is saved is in fp32."""
+
 
 class StageMemory(NamedTuple):
     """Bytes on one worker, and how its activations are to fit."""
@@ -61,13 +64,16 @@ def stage_memory(
     parallel = recipe.parallel
     if memory_bytes is None and "auto" in (parallel.checkpointing, parallel.offload):
         raise UserError("parallel.checkpointing or parallel.offload is auto: without a GPU give parallel.memory_gib, too")
-    itemsize = 2 if recipe.workers.dtype == "bfloat16" else 4
+    low = recipe.workers.dtype == "bfloat16"
+    itemsize = 2 if low else 4
+    # A lone worker computes under autocast: norms and the tokens between blocks are saved in fp32, products in bf16.
+    saved = MIXED if low and mesh.world == 1 else itemsize
     parameters = count_parameters(config, recipe, feature_dim)
     state = state_bytes(parameters, mesh, itemsize)
     video = -(-heaviest_tokens(recipe) // mesh.sequence)
     texts = TEXT_TOKENS * len(recipe.encoders.text) if text_tokens is None else text_tokens
     text = -(-texts // mesh.sequence)
-    working = working_bytes(config, video + text, itemsize, mesh.sequence, compiled=parallel.compile)
+    working = working_bytes(config, video + text, saved, mesh.sequence, compiled=parallel.compile)
     budget = inf if memory_bytes is None else activation_budget(memory_bytes, state, on_gpu=on_gpu) - working
     if memory_bytes is not None and budget <= 0:
         raise UserError(
@@ -81,7 +87,7 @@ def stage_memory(
         text,
         1,
         budget,
-        itemsize=itemsize,
+        itemsize=saved,
         checkpointing=parallel.checkpointing,
         offload=parallel.offload,
         block_seconds=None if rates is None else block_seconds(recipe, config, mesh, rates, texts),

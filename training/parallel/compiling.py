@@ -16,7 +16,7 @@ from torch._dynamo.callback import CallbackArgs, CallbackTrigger, callback_handl
 
 from waver_core.errors import UserError
 
-RECOMPILE_LIMIT = 64
+RECOMPILE_LIMIT = 256
 """Graphs that blocks may have together. torch's own 8 is soon spent: two kinds of block, checkpointed in three ways, each with a
 fixed and with any number of tokens, with equal samples and unequal ones. Beyond the limit torch refuses to run a full graph."""
 
@@ -59,7 +59,9 @@ def compile_block(block: nn.Module, *, dynamic: bool | None = None, backend: str
     if _watch is None:
         _watch = _Watch()
     _watch.kinds.add((type(block), getattr(block.forward, "mode", "none")))
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, RECOMPILE_LIMIT)
+    limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, 4 * RECOMPILE_LIMIT)
     block.forward = torch.compile(block.forward, fullgraph=True, dynamic=dynamic, backend=backend)
 
 
