@@ -114,11 +114,13 @@ def _same(found: Lines, expected: Lines) -> None:
         assert [line[key] for line in found] == pytest.approx([line[key] for line in expected], rel=1e-5)
 
 
-def test_two_workers_then_one_then_four(make_job: MakeJob, expected: Lines, tmp_path: Path) -> None:
+def test_it_goes_on_at_other_numbers_of_workers_and_on_other_meshes(make_job: MakeJob, expected: Lines, tmp_path: Path) -> None:
+    """Two shards, one worker, two replicas of two shards, a sequence group."""
     job = make_job(tmp_path)
-    _on_group(job, 2, stop_after=4)
-    assert 3 <= _alone(job, stop_after=6) <= 4, "it went on from a checkpoint of two workers"
-    _on_group(job, 4)
+    _on_group(job, 2, stop_after=3)
+    assert 2 <= _alone(job, stop_after=5) <= 3, "it went on from a checkpoint of two workers"
+    _on_group(make_job(tmp_path, "training.parallel.shard=2"), 4, stop_after=7)
+    _on_group(make_job(tmp_path, "training.parallel={sequence: 2, checkpointing: full}"), 2)
     _same(_lines(job), expected)
 
 

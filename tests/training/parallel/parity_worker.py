@@ -70,7 +70,8 @@ def differences(case: dict[str, Any], recipe: Recipe, folder: Path, rank: int, w
         write_export(str(folder), entries, in_order(weights, entries, 10**9), record, replace=True)
     dist.barrier()
     settings = {key: case[key] for key in ("shard", "sequence", "checkpointing", "offload", "compile")}
-    recipe = recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update=settings)})
+    workers = recipe.workers.model_copy(update={"dtype": case["dtype"]})
+    recipe = recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update=settings), "workers": workers})
     plan = plan_mesh(world, config.heads, case["shard"], case["sequence"])
     worker = Worker(rank, world, "cpu", plan.sequence)
     with torch.device("meta"):
@@ -86,7 +87,7 @@ def differences(case: dict[str, Any], recipe: Recipe, folder: Path, rank: int, w
     assert (spread.offload is not None and spread.offload.moved_bytes > 0) == (case["offload"] == "all")
     found = {}
     for name, parameter in trainee.named_parameters():
-        assert parameter.grad is not None, f"{name} has no gradient"
+        assert parameter.grad is not None and parameter.grad.dtype == torch.float32, f"{name} has no gradient in fp32"
         grad = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
         found[name] = float((grad - wanted[name]).norm() / wanted[name].norm())
     return found
