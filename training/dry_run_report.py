@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from training.dry_run_plan import DryRun, ShapePlan
 from training.parallel.cost import EXCHANGED, GATHERED, PER_STEP, SCATTERED, SUMMED, Term
 from training.parallel.rates import Rates
 from training.parallel.state import FRAGMENTED_SHARE, GATHERED_BLOCKS, RESERVED_BYTES
 from waver_core.telemetry import duration_text
-
-if TYPE_CHECKING:
-    from training.dry_run import DryRun, ShapePlan
 
 GIB = 2**30
 _KEPT = {

@@ -17,7 +17,7 @@ from torch.distributed._functional_collectives import all_to_all_single_autograd
 
 
 class Ulysses:
-    """The exchange over a process group; a `waver_core.dit.layout.SequenceGroup`."""
+    """The exchange over a process group; a `waver_core.dit.attention.SequenceGroup`."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group

@@ -16,7 +16,7 @@ from training.command_line import recipe_of
 from training.data.plan import Plan
 from training.data.samples import build_samples
 from training.dry_run import app as table_app
-from training.dry_run import build
+from training.dry_run_plan import build
 from training.dry_run_report import print_plan
 from training.parallel.budget import stage_memory, working_bytes
 from training.parallel.hardware import cluster

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +14,27 @@ from torch import Tensor
 from waver_core.dit.opaque import segmented_attention
 from waver_core.dit.permute import permuted
 
-if TYPE_CHECKING:
-    from waver_core.dit.layout import SequenceGroup
-
 MAX_PADDING = 1.5
 """Segments of unequal length are computed together where that costs at most so many times their own pairs."""
+
+
+class SequenceGroup(Protocol):
+    """Workers that compute one batch together, each a part of its tokens (`waver_core.sequence_parallel`)."""
+
+    rank: int
+    size: int
+
+    def __hash__(self) -> int: ...
+
+    def to_heads(self, x: Tensor, parts: Sequence[int]) -> Tensor:
+        """Own tokens and all heads [n, ..., H, d] -> all tokens, part after part, and own heads [N, ..., H / size, d]; `parts`
+        are the numbers of tokens of all members."""
+
+    def to_tokens(self, x: Tensor, parts: Sequence[int]) -> Tensor:
+        """The way back: [N, ..., H / size, d] -> [n, ..., H, d]."""
+
+    def whole(self, x: Tensor, parts: Sequence[int]) -> Tensor:
+        """Own tokens [n, ...] -> all tokens [N, ...] on every member."""
 
 
 class AttentionPlan:

@@ -14,36 +14,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from waver_core.dit.attention import AttentionPlan
+from waver_core.dit.attention import AttentionPlan, SequenceGroup
 from waver_core.dit.permute import permuted, spread_rows
 from waver_core.shapes import LatentShape
 
 WINDOWS = {"space": (1, 2, 2), "time": (2, 1, 1)}
 """Windows along time, height and width: the 2x2x1 and 1x1x2 (height x width x time) of Waver §2.2."""
-
-
-class SequenceGroup(Protocol):
-    """Workers that compute one batch together, each a part of its tokens (`waver_core.sequence_parallel`)."""
-
-    rank: int
-    size: int
-
-    def __hash__(self) -> int: ...
-
-    def to_heads(self, x: Tensor, parts: Sequence[int]) -> Tensor:
-        """Own tokens and all heads [n, ..., H, d] -> all tokens, part after part, and own heads [N, ..., H / size, d]; `parts`
-        are the numbers of tokens of all members."""
-
-    def to_tokens(self, x: Tensor, parts: Sequence[int]) -> Tensor:
-        """The way back: [N, ..., H / size, d] -> [n, ..., H, d]."""
-
-    def whole(self, x: Tensor, parts: Sequence[int]) -> Tensor:
-        """Own tokens [n, ...] -> all tokens [N, ...] on every member."""
 
 
 class Segments:

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from waver_core.dit.attention import SequenceGroup
 from waver_core.dit.blocks import DualBlock, Rope, SingleBlock, initialise, modulated
 from waver_core.dit.config import DiTConfig
-from waver_core.dit.layout import Layout, SequenceGroup
+from waver_core.dit.layout import Layout
 from waver_core.dit.patches import patchify, unpatchify
 from waver_core.dit.positions import FactorisedPositions, rope_angles, timestep_features
 from waver_core.errors import UserError
