@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from training.export import load_export
 from training.group import Worker
 from training.job import Job
 from training.loop import train
+from training.parallel import apply
+from training.parallel.compiling import compile_block
 from training.recipe import Recipe
 from training.trackers import read_metrics
 from waver_core.errors import RunFailed, UserError
@@ -197,6 +200,25 @@ def test_two_workers_have_the_losses_of_one(make: MakeRecipe, samples: str, tmp_
         assert a == pytest.approx(b, rel=1e-5)
     held_out = [[line for line in read_metrics(j.folder) if "held_out/loss" in line] for j in (alone, shared)]
     assert held_out[0] == held_out[1] == []  # nothing is held out of eight clips here
+
+
+def test_what_saves_memory_and_time_leaves_the_losses(
+    make: MakeRecipe, samples: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiled, computed again, waiting in host memory; what is given up is said, and what compiling took."""
+    told: list[str] = []
+    monkeypatch.setattr(apply, "compile_block", partial(compile_block, backend="aot_eager"))
+    saving = "training.parallel={compile: true, checkpointing: selective, offload: all}"
+    plain, spread = (
+        _job(make("t2v_192p_12fps", *sets), samples, tmp_path / name) for name, sets in (("a", ()), ("b", (saving,)))
+    )
+    expected = _trained(plain)
+    train(spread, Worker(), lambda news: told.append(news.get("warning", "")))
+    for (step, loss), (_, wanted) in zip(_losses(spread), expected, strict=True):
+        assert loss == pytest.approx(wanted, rel=1e-5), step
+    said = " ".join(told)
+    assert "keep" in said and "in host memory" in said and "blocks are compiled: " in said
+    assert read_metrics(spread.folder)[0]["compiled/graphs"] >= 1
 
 
 def test_packed_samples_have_the_losses_of_those_alone(make: MakeRecipe, samples: str, tmp_path: Path) -> None:
