@@ -22,7 +22,6 @@ import typer
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import adherence, common
-from training.export import load_export
 from training.recipe import Recipe
 from training.sample import load_generator
 from training.trackers import read_metrics
@@ -30,6 +29,7 @@ from waver_core.flow.guidance import Apg
 from waver_core.generation import Generator, Task
 from waver_core.shapes import VideoShape
 from waver_core.synthetic.training_collection import training_collection
+from waver_core.weights import load_export
 
 app = common.new_app()
 _PROFILES = ("--profile", "embedded", "--profile", "tiny")

@@ -19,9 +19,9 @@ import typer
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import common, learning
-from training.export import load_export
 from training.trackers import read_metrics
 from waver_core.dit import preset
+from waver_core.weights import load_export
 
 app = common.new_app()
 _STAGE = "t2v_192p_12fps"

@@ -25,10 +25,11 @@ import typer
 from torch import Tensor
 
 from training.checkpoint import COMPLETE, read_complete, reader_of
-from training.export import MAX_SHARD_BYTES, Exported, in_order, load_export, read_record, write_export
-from training.tensor_files import Entry
+from training.export import MAX_SHARD_BYTES, in_order, write_export
 from waver_core.errors import UserError, did_you_mean
 from waver_core.storage import content_digest, exists, join
+from waver_core.tensor_files import Entry
+from waver_core.weights import Exported, load_export, read_record
 
 Method = Literal["simple", "weighted", "ema"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

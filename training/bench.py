@@ -28,11 +28,11 @@ from training.bench_cases import CASES, OPTIONS, Case, Settings, candidates, cas
 from training.bench_report import Report, print_case, print_ceilings
 from training.benching import Bench
 from training.parallel.ceilings import BACKWARD_OVER_FORWARD, attention_kernels, copy_gb_s, host_gb_s, matmul_tflops
-from training.parallel.flops import Flops, step_flops
 from training.parallel.memory import block_bytes
 from waver_core.command_line import new_console
 from waver_core.command_line import run as run_command_line
 from waver_core.dit import DiTConfig, preset
+from waver_core.dit.flops import Flops, step_flops
 from waver_core.errors import UserError, did_you_mean
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)

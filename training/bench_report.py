@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 from training.bench_cases import Case
-from training.parallel.flops import Flops
 from training.parallel.hardware import ACCELERATORS
 from waver_core.dit import DiTConfig
+from waver_core.dit.flops import Flops
 from waver_core.errors import UserError
 
 _FIXED = ("device", "versions", "model")

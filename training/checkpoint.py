@@ -39,9 +39,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from training.ema import Ema, reshard
+from training.ema import Ema
 from waver_core.errors import RunFailed, UserError
 from waver_core.storage import exists, filesystem, is_local, join, local_path, read_bytes, remove, write_atomic
+from waver_core.weights import reshard
 
 COMPLETE = "complete.json"
 RECORD = "recipe.yaml"

@@ -12,11 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
-"""What compilation and recomputation put into the names of parameters."""
+from waver_core.weights import plain_name, reshard
 
 
 class Ema:
@@ -95,24 +93,6 @@ def named_weights(model: nn.Module) -> list[tuple[str, Any]]:
     sharded ones the shards, also after a forward that left them gathered."""
     reshard(model)
     return [(plain_name(name), parameter) for name, parameter in model.named_parameters()]
-
-
-def plain_name(name: str) -> str:
-    """A parameter's name without what wrappers put into it."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
-
-
-def reshard(model: nn.Module) -> None:
-    """Drop gathered copies of sharded weights.
-
-    FSDP keeps those of the root module after a forward without a backward, so that a change of the shards would go unseen in
-    the next forward. Call it whenever weights were changed other than by the optimiser.
-    """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def _local(tensor: Tensor) -> Tensor:

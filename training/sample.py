@@ -12,12 +12,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a file
 
 from typing import Annotated
 
-import cv2
-import numpy as np
 import torch
 import typer
 
-from training.export import Exported, load_export, load_into
 from training.previews import write_sample, write_sheet
 from training.recipe import Recipe
 from waver_core.command_line import new_console
@@ -27,9 +24,11 @@ from waver_core.dit import DiTConfig, WaverDiT
 from waver_core.errors import UserError
 from waver_core.flow.guidance import Apg
 from waver_core.generation import Generator, Task, encoders_by_name
+from waver_core.pictures import fitted
 from waver_core.registry import create
 from waver_core.shapes import VideoShape, whole_frames
 from waver_core.video import read_image
+from waver_core.weights import Exported, load_export, load_into
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -54,7 +53,9 @@ def main(
     if recipe.task == "refine":
         raise UserError(f"{export} is a refiner: it sharpens videos and makes none from a prompt")
     shape = _shape(recipe, seconds, size)
-    pictures = [None if uri is None else _fitted(uri, shape) for uri in (first_frame, last_frame)]
+    pictures = [
+        None if uri is None else fitted(read_image(uri), shape.height_px, shape.width_px) for uri in (first_frame, last_frame)
+    ]
     generator = load_generator(exported, recipe)
     negative = ", ".join(recipe.negative_tags)
     tasks = [Task(text, shape, seed + k, negative, *pictures) for k, text in enumerate(prompt)]
@@ -97,20 +98,6 @@ def _shape(recipe: Recipe, seconds: float | None, size: str | None) -> VideoShap
     shape = VideoShape(frames, height_px, width_px)
     shape.latent  # noqa: B018 (refuses what cannot be encoded)
     return shape
-
-
-def _fitted(uri: str, shape: VideoShape) -> np.ndarray:
-    """A picture, cut to the aspect ratio and resized, uint8 [H, W, 3]."""
-    picture = read_image(uri)
-    height, width = picture.shape[:2]
-    scale = max(shape.height_px / height, shape.width_px / width)
-    resized = cv2.resize(
-        picture,
-        (max(shape.width_px, round(width * scale)), max(shape.height_px, round(height * scale))),
-        interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC,
-    )
-    top, left = (resized.shape[0] - shape.height_px) // 2, (resized.shape[1] - shape.width_px) // 2
-    return np.ascontiguousarray(resized[top : top + shape.height_px, left : left + shape.width_px])
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from rich.table import Table
 from training.checkpoint import latest, read_complete
 from training.command_line import Profiles, Stage, recipe_of
 from training.encode import Resources, encode
-from training.export import check_parent, read_record
+from training.export import check_parent
 from training.job import Job, text_dims
 from training.recipe import Recipe
 from training.trainee import model_config
@@ -33,6 +33,7 @@ from waver_core.command_line import run as run_command_line
 from waver_core.errors import UserError
 from waver_core.storage import exists, is_local, join, local_path
 from waver_core.telemetry import duration_text
+from waver_core.weights import read_record
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 

@@ -21,10 +21,11 @@ from typer.testing import CliRunner
 from training.averaging import app, average, shares
 from training.checkpoint import Checkpoints, Progress
 from training.ema import Ema
-from training.export import Facts, export, load_export, record_of
+from training.export import Facts, export, record_of
 from training.recipe import load_recipe
 from waver_core.config import load_config
 from waver_core.errors import UserError
+from waver_core.weights import load_export
 
 ROOT = Path(__file__).resolve().parents[2]
 FACTS = Facts({"width": 6}, {"autoencoder": "dct-1"}, step=10, weights="ema")

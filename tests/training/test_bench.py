@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 from training import bench, benching
 from training.bench_cases import CASES, Case, Settings, candidates, case_of, variations
 from training.bench_report import Report, data_sheet_tflops
-from training.parallel.flops import step_flops
 from training.parallel.hardware import accelerator
 from training.parallel.offload import Offload
 from training.parallel.overlap import read_trace
 from training.parallel.rates import rates_of
 from waver_core.dit import preset
+from waver_core.dit.flops import step_flops
 from waver_core.errors import UserError
 from waver_core.shapes import VideoShape
 

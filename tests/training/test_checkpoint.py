@@ -21,10 +21,11 @@ from torch.distributed.tensor import DTensor
 
 from training.checkpoint import Checkpoints, Progress, completed, latest, read_complete
 from training.ema import Ema
-from training.export import Facts, export, load_export, load_into
+from training.export import Facts, export
 from training.recipe import load_recipe
 from waver_core.config import load_config
 from waver_core.errors import RunFailed, UserError
+from waver_core.weights import load_export, load_into
 
 
 class Network(nn.Module):

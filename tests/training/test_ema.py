@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from training.ema import Ema, plain_name
+from training.ema import Ema
+from waver_core.weights import plain_name
 
 
 def network(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:

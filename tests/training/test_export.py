@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import nn
 
-from training.export import INDEX, Facts, export, load_export, load_into, warm_start
+from training.export import Facts, export, warm_start
 from training.recipe import Recipe, load_recipe
-from training.tensor_files import Entry, plan_shards
 from waver_core.config import digest_of, load_config
 from waver_core.errors import UserError
+from waver_core.tensor_files import Entry, plan_shards
+from waver_core.weights import INDEX, load_export, load_into
 
 ENCODERS = {"autoencoder": "dct-1", "text": ["words-1", "pairs-1"], "features": None}
 

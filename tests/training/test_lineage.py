@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from training.encode import Resources, encode
-from training.export import load_export
 from training.group import Worker
 from training.job import Job
 from training.loop import train
@@ -17,6 +16,7 @@ from training.recipe import Recipe, stages
 from training.trackers import read_metrics
 from waver_core.command_line import new_console
 from waver_core.config import load_config
+from waver_core.weights import load_export
 
 SMALL = (
     "training.model={preset: tiny, overrides: {dual_blocks: 1, single_blocks: 3, heads: 2, head_dim: 16}}",

@@ -19,7 +19,6 @@ import torch
 
 from training.checkpoint import latest, read_complete
 from training.encode import Resources, encode
-from training.export import load_export
 from training.group import Worker
 from training.job import Job
 from training.loop import train
@@ -28,6 +27,7 @@ from training.parallel.compiling import compile_block
 from training.recipe import Recipe
 from training.trackers import read_metrics
 from waver_core.errors import RunFailed, UserError
+from waver_core.weights import load_export
 
 ROOT = Path(__file__).resolve().parents[2]
 MakeRecipe = Callable[..., Recipe]

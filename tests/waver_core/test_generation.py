@@ -13,6 +13,7 @@ import torch
 from waver_core.backends.embedded.dct_codec import DctCodec
 from waver_core.backends.embedded.hashed_text import HashedPairs, HashedWords
 from waver_core.config import load_config
+from waver_core.denoising import noise_of
 from waver_core.dit import DiTConfig, WaverDiT
 from waver_core.errors import UserError
 from waver_core.flow.degradation import degrade_latents
@@ -181,7 +182,7 @@ def test_a_refiner_that_knows_the_answer_finds_it(spy: Spy, monkeypatch: pytest.
     task = Task("", VIDEO, 7)
     degraded = np.zeros((16, 3, 4, 6), np.float32)
     clean = torch.randn(16, 3, 4, 6, generator=torch.Generator().manual_seed(1))
-    x_n = degrade_latents(torch.from_numpy(degraded), spy._noise(task), torch.tensor(0.9))
+    x_n = degrade_latents(torch.from_numpy(degraded), noise_of(spy.inputs(task)), torch.tensor(0.9))
     monkeypatch.setattr(spy.dit, "velocity", lambda inputs, texts, t: ([clean - x_n], None))
     (out,) = spy.refined_latents([degraded], [task], [spy._text("")], steps=3, shift=2.0, noise_weight=0.9)
     assert torch.allclose(out, clean, atol=1e-5)
@@ -191,7 +192,7 @@ def test_a_base_model_that_knows_the_answer_finds_it(spy: Spy, monkeypatch: pyte
     """Its target is n - x_0 (§4.3), so following it from noise ends at x_0; alike predictions leave guidance nothing to do."""
     task = Task("", VIDEO, 7)
     clean = torch.randn(16, 3, 4, 6, generator=torch.Generator().manual_seed(1))
-    monkeypatch.setattr(spy.dit, "velocity", lambda inputs, texts, t: ([spy._noise(task) - clean] * 2, None))
+    monkeypatch.setattr(spy.dit, "velocity", lambda inputs, texts, t: ([noise_of(spy.inputs(task)) - clean] * 2, None))
     (out,) = spy.latents([task], steps=3, shift=7.0, guidance=Cfg(8.0))
     assert torch.allclose(out, clean, atol=1e-5)
 

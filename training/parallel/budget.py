@@ -9,13 +9,13 @@ from math import inf
 from typing import NamedTuple
 
 from training.data.plan import TEXT_TOKENS
-from training.parallel.flops import step_flops
 from training.parallel.memory import HOST_BYTES_PER_S, MemoryPlan, plan_memory
 from training.parallel.mesh import MeshPlan
 from training.parallel.rates import ELEMENTWISE_PASSES, ELEMENTWISE_PASSES_EAGER, Rates
 from training.parallel.state import Parameters, StateBytes, activation_budget, count_parameters, state_bytes
 from training.recipe import Recipe
 from waver_core.dit import DiTConfig
+from waver_core.dit.flops import step_flops
 from waver_core.errors import UserError
 from waver_core.shapes import LatentShape, VideoShape
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal, NamedTuple
 
-from training.parallel.flops import Flops, TextLength, attention_by_block, step_flops
 from training.parallel.hardware import Cluster
 from training.parallel.memory import MemoryPlan, block_bytes
 from training.parallel.mesh import MeshPlan
@@ -27,6 +26,7 @@ from training.parallel.rates import (
 )
 from training.parallel.state import FP32, Parameters
 from waver_core.dit import DiTConfig
+from waver_core.dit.flops import Flops, TextLength, attention_by_block, step_flops
 from waver_core.dit.layout import WINDOWS
 from waver_core.shapes import LatentShape
 

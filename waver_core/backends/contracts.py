@@ -6,6 +6,7 @@ Frames are uint8 [T, H, W, 3] RGB throughout.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -241,3 +242,33 @@ class FeatureExtractor(Protocol):
 
     def extract(self, clips: Sequence[np.ndarray], grids: Sequence[tuple[int, int, int]]) -> list[np.ndarray]:
         """uint8 [T, H, W, 3] and the wanted grid (Tf, Hf, Wf) of each clip -> float32 [Tf, Hf, Wf, dim]."""
+
+
+class Rewriting(NamedTuple):
+    """A prompt to be rewritten for a video of `seconds` (0: an image). `style_words` are those of the style that was asked for
+    (`tags.style` in pipelines.yaml), empty where none was."""
+
+    prompt: str
+    seconds: float
+    style_words: str = ""
+
+    def tagged(self, text: str) -> str:
+        """A text with the style words before it as a sentence, as in training captions (Waver §4.5); unless it begins so."""
+        words = self.style_words.strip().rstrip(".!?").rstrip()
+        if not words or re.match(re.escape(words) + r"(?!\w)", text.lstrip(), re.IGNORECASE):
+            return text
+        return f"{words}. {text}".rstrip()
+
+
+@runtime_checkable
+class PromptRewriter(Protocol):
+    """Makes prompts read like the captions of the training set (Waver §4.6: a large language model).
+
+    What the user said stays, in other words perhaps; only what is left open is added. Every implementation takes the option
+    `max_chars`, the length that no answer may exceed.
+    """
+
+    fingerprint: str
+
+    def rewrite(self, requests: Sequence[Rewriting]) -> list[str | Exception]:
+        """One prompt per request, in order, style words first; one that cannot be had gives the exception that says why."""

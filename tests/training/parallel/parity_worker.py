@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from training.conditioning import Example
-from training.export import Facts, in_order, load_into, record_of, write_export
+from training.export import Facts, in_order, record_of, write_export
 from training.group import Worker
 from training.parallel import apply
 from training.parallel.compiling import compile_block
@@ -21,9 +21,10 @@ from training.parallel.fsdp import reduce_over_replicas
 from training.parallel.mesh import plan_mesh
 from training.parallel.offload import Offload
 from training.recipe import Recipe, recipe_from_yaml
-from training.tensor_files import Entry
 from training.trainee import Trainee
 from waver_core.dit import DiTConfig
+from waver_core.tensor_files import Entry
+from waver_core.weights import load_into
 
 CONFIG = DiTConfig(1, 3, 4, 8, text_dims=(6, 10), max_grid=(4, 8, 8), full_blocks=1)
 BATCHES = {  # latent shapes of the samples of two micro-batches; odd numbers of tokens, and of rows

@@ -21,7 +21,6 @@ from training.parallel.cost import (
     mean_step,
     step_cost,
 )
-from training.parallel.flops import step_flops
 from training.parallel.hardware import Cluster, accelerator
 from training.parallel.memory import MemoryPlan, block_bytes
 from training.parallel.mesh import MeshPlan
@@ -29,6 +28,7 @@ from training.parallel.rates import ASSUMED, ELEMENTWISE_PASSES, rates_of
 from training.parallel.state import Parameters, activation_budget, count_parameters, state_bytes
 from training.recipe import Recipe
 from waver_core.dit import DiTConfig, WaverDiT, preset
+from waver_core.dit.flops import step_flops
 from waver_core.errors import UserError
 from waver_core.shapes import LatentShape
 

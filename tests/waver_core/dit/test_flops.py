@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import waver_core.dit.attention as attention_module
-from training.parallel.flops import attention_pairs, step_flops
 from waver_core.dit import DiTConfig, Layout, WaverDiT, preset
+from waver_core.dit.flops import attention_pairs, step_flops
 from waver_core.shapes import LatentShape, VideoShape
 
 WIDE = LatentShape(3, 6, 10)
