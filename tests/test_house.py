@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -99,20 +98,3 @@ def test_licence_is_apache_2(project: dict[str, Any]) -> None:
 @pytest.mark.parametrize("target", ["help", "demo", "test", "check", "format", "bench", "clean"])
 def test_makefile_has_the_target(target: str) -> None:
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
-
-
-def test_compose_gives_every_ray_process_the_token() -> None:
-    services = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())["services"]
-    assert {"head", "worker", "curate"} <= set(services)
-    for name, service in services.items():
-        given = service["environment"]
-        assert given["RAY_AUTH_MODE"] == "token", name
-        assert given["RAY_AUTH_TOKEN"].startswith("${RAY_AUTH_TOKEN:?"), f"{name}: the token is never written down"
-    assert all(port.startswith("127.0.0.1:") for port in services["head"]["ports"])
-
-
-def test_ray_job_takes_the_token_from_a_secret_and_names_the_pinned_ray() -> None:
-    cluster = yaml.safe_load((ROOT / "docker/kuberay-curation-rayjob.yaml").read_text())["spec"]["rayClusterSpec"]
-    assert cluster["authOptions"]["mode"] == "token"
-    assert cluster["authOptions"]["secretName"]
-    assert f"ray=={cluster['rayVersion']}" in pin_lines()

@@ -93,8 +93,7 @@ class Generator:
         """The same from latents [16, T, h, w] and text vectors: degraded with noise by `noise_weight`, then led to clean ones."""
         padded = [tuple(self._lengthened(vector) for vector in text) for text in texts]
         samples = [
-            Inputs(task.shape.latent, task.seed, self.black(task.shape), text)
-            for task, text in zip(tasks, padded, strict=True)
+            Inputs(task.shape.latent, task.seed, self.black(task.shape), text) for task, text in zip(tasks, padded, strict=True)
         ]
         starts = [torch.from_numpy(z) for z in latents]
         return sharpen(self.dit, starts, samples, steps=steps, shift=shift, noise_weight=noise_weight, on_step=on_step)

@@ -59,3 +59,21 @@ class _Whole(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         return grad[ctx.start : ctx.start + ctx.own] * ctx.size, None, None
+
+
+class PromptBranches:
+    """Two processes of which the first computes the prompt, the second the negative prompt; a `denoising.Branches`."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        if group.size() != 2:
+            raise ValueError(f"prompt and negative prompt are shared by two, not by {group.size()}")
+        self.group, self.rank = group, group.rank()
+
+    def both(self, own: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """See `Branches.both`."""
+        sides = []
+        for x in own:
+            gathered = x.new_empty(2, *x.shape)
+            dist.all_gather_into_tensor(gathered.flatten(0, 1), x.contiguous(), group=self.group)
+            sides.append(gathered)
+        return [pair[0] for pair in sides], [pair[1] for pair in sides]

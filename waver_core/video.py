@@ -7,9 +7,8 @@ frame rates and damaged packets are handled in one place.
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -24,6 +23,9 @@ from av.video.reformatter import VideoReformatter
 
 from waver_core.errors import MediaError
 from waver_core.storage import is_local, local_path, open_file, read_bytes
+from waver_core.video_writing import Mp4Writer as Mp4Writer
+from waver_core.video_writing import write_mp4 as write_mp4
+from waver_core.video_writing import write_png as write_png
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp", ".ogv")
@@ -312,80 +314,3 @@ def read_image(uri: str, limits: Limits | None = None) -> np.ndarray:
     if picture is None:
         raise MediaError("undecodable", "cannot be decoded as an image")
     return cv2.cvtColor(picture, cv2.COLOR_BGR2RGB)
-
-
-class Mp4Writer:
-    """An H.264 file (yuv420p, index first) that grows by `add`; use it with `with`, which ends the file or, after an error,
-    removes it. Odd sizes are cut to even ones, as 4:2:0 needs. The same frames and metadata give the same bytes.
-    """
-
-    def __init__(
-        self,
-        path: str,
-        *,
-        fps: Fraction | int | float,
-        crf: int = 18,
-        preset: str = "fast",
-        metadata: Mapping[str, str] | None = None,
-    ) -> None:
-        self._path, self._rate = str(path), Fraction(fps).limit_denominator(1001)
-        self._codec_options = {"crf": str(crf), "preset": preset}
-        flags = "+faststart+use_metadata_tags" if metadata else "+faststart"
-        self._container = av.open(self._path, "w", format="mp4", options={"movflags": flags})
-        self._container.metadata.update(metadata or {})
-        self._stream: Any = None
-        self._closed = False
-        self.count = 0
-
-    def add(self, frame: np.ndarray) -> None:
-        """The next frame, uint8 [H, W, 3] RGB."""
-        height, width = frame.shape[0] // 2 * 2, frame.shape[1] // 2 * 2
-        if self._stream is None:
-            stream = self._stream = self._container.add_stream("libx264", rate=self._rate, options=self._codec_options)
-            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            stream.codec_context.thread_count = 1  # with more, small pictures come out in other bytes each time
-        picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame[:height, :width]), format="rgb24")
-        picture.pts, picture.time_base = self.count, 1 / self._rate
-        self._container.mux(self._stream.encode(picture))
-        self.count += 1
-
-    def __enter__(self) -> Mp4Writer:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
-                self.close()
-            else:
-                self._container.close()
-        finally:
-            if kind is not None:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(self._path)
-
-    def close(self) -> None:
-        """End the file; nothing happens the second time."""
-        if not self._closed:
-            self._closed = True
-            if self._stream is not None:
-                self._container.mux(self._stream.encode(None))
-            self._container.close()
-
-
-def write_mp4(
-    path: str,
-    frames: Iterable[np.ndarray],
-    *,
-    fps: Fraction | int | float,
-    crf: int = 18,
-    preset: str = "fast",
-    metadata: Mapping[str, str] | None = None,
-) -> int:
-    """Write uint8 [H, W, 3] RGB frames as `Mp4Writer` does and return how many there were.
-
-    Nothing is left behind when the frames' iterator raises.
-    """
-    with Mp4Writer(path, fps=fps, crf=crf, preset=preset, metadata=metadata) as writer:
-        for frame in frames:
-            writer.add(frame)
-    return writer.count

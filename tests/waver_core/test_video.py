@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import struct
+import subprocess
+import weakref
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -31,6 +34,7 @@ from waver_core.video import (
     resize,
     to_rgb,
     write_mp4,
+    write_png,
 )
 
 FPS = 24
@@ -490,7 +494,7 @@ def test_written_files_play_and_odd_sizes_become_even(tmp_path: Path, make_frame
     assert data.index(b"moov") < data.index(b"mdat")
 
 
-@pytest.mark.parametrize("fps", [Fraction(30000, 1001), 29.97, Fraction(25), 12, 23.976])
+@pytest.mark.parametrize("fps", [Fraction(30000, 1001), 29.97, Fraction(25), 12, 23.976, Fraction(24000, 1001), 24.0, 1])
 def test_written_files_keep_their_rate(tmp_path: Path, make_frame: Callable, fps: Fraction | float) -> None:
     path = str(tmp_path / "a.mp4")
     write_mp4(path, (make_frame(k) for k in range(24)), fps=fps)
@@ -512,3 +516,117 @@ def test_nothing_is_left_when_the_frames_break_off(tmp_path: Path, n_before: int
     with pytest.raises(RuntimeError, match="no more"):
         write_mp4(str(tmp_path / "a.mp4"), frames(), fps=24)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_frames_are_taken_from_a_generator_one_at_a_time(tmp_path: Path) -> None:
+    """The encoder keeps its own few pictures; no array that it was given stays."""
+    given_: list[weakref.ref[np.ndarray]] = []
+    alive: list[int] = []
+
+    def frames() -> Iterator[np.ndarray]:
+        for k in range(120):
+            frame = np.full((64, 96, 3), k, np.uint8)
+            given_.append(weakref.ref(frame))
+            alive.append(sum(ref() is not None for ref in given_))
+            yield frame
+
+    assert write_mp4(str(tmp_path / "a.mp4"), frames(), fps=24) == 120
+    assert max(alive) <= 2
+
+
+# --- what a file says of itself ----------------------------------------------------------------------------------------
+
+KNOWN = {
+    "title": "A red disc — 赤い円",
+    "comment": 'Generated. {"seed": 7, "prompt": "é"}',
+    "description": "Two\nlines\tand a tab",
+    "artist": "OpenWaver",
+    "copyright": "none",
+}
+
+
+def tags(path: str) -> dict[str, str]:
+    """What ffprobe's library reads of a container."""
+    with av.open(path) as container:
+        return dict(container.metadata)
+
+
+def few_frames(make_frame: Callable) -> list[np.ndarray]:
+    return [make_frame(k) for k in range(6)]
+
+
+@pytest.mark.parametrize("more", [{}, {"waver_seed": "7", "openwaver": "x" * 9000}])
+def test_metadata_of_an_mp4_can_be_read_and_the_bytes_are_the_same_again(
+    tmp_path: Path, make_frame: Callable, more: dict[str, str]
+) -> None:
+    first, again, plain = (str(tmp_path / name) for name in ("a.mp4", "b.mp4", "c.mp4"))
+    for path in (first, again):
+        write_mp4(path, few_frames(make_frame), fps=24, metadata={**KNOWN, **more})
+    write_mp4(plain, few_frames(make_frame), fps=24)
+    found = tags(first)
+    assert {key: found[key] for key in (*KNOWN, *more)} == {**KNOWN, **more}
+    data = Path(first).read_bytes()
+    assert data == Path(again).read_bytes() != Path(plain).read_bytes()
+    assert data.index(b"moov") < data.index(b"mdat") and "creation_time" not in found
+    assert np.array_equal(decode(first), decode(plain))
+
+
+def test_well_known_keys_are_written_as_players_read_them(tmp_path: Path, make_frame: Callable) -> None:
+    path = tmp_path / "a.mp4"
+    write_mp4(str(path), few_frames(make_frame), fps=24, metadata={**KNOWN, "software": "OpenWaver 1"})
+    data = path.read_bytes()
+    assert all(atom in data for atom in (b"mdirappl", b"\xa9nam", b"\xa9cmt", b"\xa9ART", b"\xa9too", b"desc", b"cprt"))
+    assert tags(str(path))["encoder"] == "OpenWaver 1"
+
+
+def test_ffprobe_reads_all_keys(tmp_path: Path, make_frame: Callable) -> None:
+    path, given_ = str(tmp_path / "a.mp4"), {**KNOWN, "waver_seed": "7"}
+    write_mp4(path, few_frames(make_frame), fps=24, metadata=given_)
+    try:
+        done = subprocess.run(
+            ["ffprobe", "-v", "error", "-show_format", "-of", "json", path], capture_output=True, check=True, timeout=60
+        )
+    except FileNotFoundError:
+        pytest.skip("no ffprobe on this machine")
+    found = json.loads(done.stdout)["format"]["tags"]
+    assert {key: found[key] for key in given_} == given_
+
+
+WRECKED = {"title": "cut\x00short", "comment": "half \ud83d of a pair", "description": "", "waver_x": "bell\x07 next\x85 end"}
+MENDED = {"title": "cut short", "comment": "half ? of a pair", "waver_x": "bell  next  end"}
+
+
+def test_metadata_that_no_container_holds_is_mended(tmp_path: Path, make_frame: Callable) -> None:
+    write_mp4(str(tmp_path / "a.mp4"), few_frames(make_frame), fps=24, metadata=WRECKED)
+    found = tags(str(tmp_path / "a.mp4"))
+    assert {key: found.get(key) for key in WRECKED} == {**MENDED, "description": None}
+    write_png(str(tmp_path / "a.png"), make_frame(1), WRECKED)
+    titled = {"Title": MENDED["title"], "Comment": MENDED["comment"], "waver_x": MENDED["waver_x"]}
+    assert png_texts(tmp_path / "a.png") == titled
+
+
+def png_texts(path: Path) -> dict[str, str]:
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        picture.load()
+        return dict(picture.text)  # type: ignore[attr-defined]
+
+
+def test_a_png_holds_its_pixels_and_its_metadata_and_has_the_same_bytes_again(tmp_path: Path) -> None:
+    frame = np.random.default_rng(0).integers(0, 256, (35, 53, 3)).astype(np.uint8)
+    given_ = {**KNOWN, "software": "OpenWaver 1", "waver_seed": "7"}
+    for name in ("a.png", "b.png"):
+        write_png(str(tmp_path / name), frame, given_)
+    write_png(str(tmp_path / "plain.png"), frame)
+    data = (tmp_path / "a.png").read_bytes()
+    assert data == (tmp_path / "b.png").read_bytes() and sorted(p.name for p in tmp_path.iterdir())[0] == "a.png"
+    assert np.array_equal(read_image(str(tmp_path / "a.png")), frame)
+    assert png_texts(tmp_path / "a.png") == {
+        **{key.capitalize(): KNOWN[key] for key in ("title", "comment", "description", "copyright")},
+        "Author": "OpenWaver",
+        "Software": "OpenWaver 1",
+        "waver_seed": "7",
+    }
+    assert b"iTXtTitle" in data and b"tEXtwaver_seed" in data and data.index(b"tEXt") < data.index(b"IDAT")
+    assert png_texts(tmp_path / "plain.png") == {}

@@ -265,7 +265,7 @@ class PromptRewriter(Protocol):
     """Makes prompts read like the captions of the training set (Waver §4.6: a large language model).
 
     What the user said stays, in other words perhaps; only what is left open is added. Every implementation takes the option
-    `max_chars`, the length that no answer may exceed.
+    `max_chars`; none makes a prompt longer than that.
     """
 
     fingerprint: str

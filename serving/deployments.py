@@ -1,0 +1,228 @@
+"""The parts of the app as deployments of Ray Serve: each scales and is placed by itself (`serving.deployments`)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from fastapi import FastAPI
+from ray import serve
+from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError, TaskCancelledError, WorkerCrashedError
+
+from serving.api import create_app
+from serving.api.service import Service
+from serving.cascade import BaseWork, Conditions, DecodeWork, RefineWork, Upscaled, UpscaleWork, Vectors
+from serving.dispatcher import Dispatcher
+from serving.models import Denoiser, Pictures, TextEncoders, rewritten
+from serving.plan import Checkpoint, Facts
+from serving.ranks import GroupBroken, RankGroup
+from serving.rewriting import Rewritten, make_rewriter
+from serving.settings import Cascade, Deployment, Settings
+from serving.store import JobStore
+from serving.streaming import Done, Step, stream
+from serving.webhooks import Webhooks
+from waver_core.backends.contracts import Rewriting
+from waver_core.shapes import VideoShape
+
+Readiness = Callable[[], Awaitable[dict[str, str]]]
+"""Deployment -> "ready", or why it is not."""
+
+
+@serve.ingress()
+class HttpDeployment:
+    """The API and the page (`serving.api`). It does not call the dispatcher, for the store stands between them."""
+
+    def __init__(self, settings: Settings, known: Facts, readiness: Callable[[], Readiness], dispatcher: Any) -> None:
+        self._settings, self._known, self._readiness, self._dispatcher = settings, known, readiness(), dispatcher
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Called by Serve once the replica is built."""
+        store = JobStore(self._settings.database_url)
+        return create_app(Service(self._settings, self._known, store, self._readiness))
+
+
+class RewriterDeployment:
+    """Prompts (Waver §4.6)."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._rewriter = make_rewriter(settings.rewriting)
+        self._rewriter.rewrite(Rewriting("A red disc.", 5.0))  # reads its dictionaries now, not under the first request
+
+    async def rewrite(self, request: Rewriting, enabled: bool) -> Rewritten:
+        """See `Stages.rewrite`; in a thread, for it may wait for an endpoint."""
+        return await asyncio.to_thread(rewritten, self._rewriter, request, enabled)
+
+
+class TextDeployment:
+    """Text encoders."""
+
+    def __init__(self, checkpoint: Checkpoint, options: Deployment) -> None:
+        _set_threads(options)
+        self._texts = TextEncoders(checkpoint)
+
+    async def encode(self, texts: Sequence[str]) -> list[Vectors]:
+        """See `Stages.encode`."""
+        return await asyncio.to_thread(self._texts.encode, texts)
+
+
+class NetworkDeployment:
+    """The base model or the refiner, in this process or in a group of ranks."""
+
+    def __init__(self, kind: Literal["base", "refine"], checkpoint: Checkpoint, cascade: Cascade, options: Deployment) -> None:
+        self._kind = kind
+        self._group = RankGroup(checkpoint, cascade, options) if options.ranks > 1 else None
+        if self._group is None:
+            _set_threads(options)
+            self._denoiser = Denoiser(checkpoint, cascade)
+
+    async def run(self, work: BaseWork | RefineWork) -> AsyncGenerator[Step | Done[np.ndarray], None]:
+        """Steps and, last, the latents; cancelling the call stops the loop between two steps, on every rank."""
+        if self._group is not None:
+            steps = self._group.run(self._kind, work)
+        else:
+            model: Callable[..., np.ndarray] = self._denoiser.base if self._kind == "base" else self._denoiser.refine
+            steps = stream(partial(model, work))
+        async with contextlib.aclosing(steps):
+            async for item in steps:
+                yield item
+
+    async def steps_done(self) -> int:
+        """Network steps since the start: stands still while nothing is computed."""
+        return await self._group.steps_done() if self._group is not None else self._denoiser.steps_done
+
+    async def check_health(self) -> None:
+        """Build a poisoned group anew while nothing else happens; a group that cannot be built makes the replica unhealthy."""
+        if self._group is not None and not self._group.busy:
+            await self._group.ready()
+
+
+class AutoencoderDeployment:
+    """Pixels and files."""
+
+    def __init__(self, checkpoint: Checkpoint, cascade: Cascade, options: Deployment) -> None:
+        _set_threads(options)
+        self._pictures = Pictures(checkpoint, cascade)
+
+    async def conditions(self, shape: VideoShape, frames: Mapping[int, np.ndarray]) -> Conditions:
+        """See `Stages.conditions`."""
+        return await asyncio.to_thread(self._pictures.conditions, shape, frames)
+
+    async def upscale(self, work: UpscaleWork) -> AsyncGenerator[Step | Done[Upscaled], None]:
+        """See `Stages.upscale`."""
+        async with contextlib.aclosing(stream(partial(self._pictures.upscale, work))) as steps:
+            async for item in steps:
+                yield item
+
+    async def decode(self, work: DecodeWork) -> AsyncGenerator[Step | Done[bytes], None]:
+        """See `Stages.decode`."""
+        async with contextlib.aclosing(stream(partial(self._pictures.decode, work))) as steps:
+            async for item in steps:
+                yield item
+
+
+class ServeStages:
+    """See `serving.cascade.Stages`: every stage is a call of a deployment."""
+
+    def __init__(self, rewriter: Any, text: Any, base: Any, refiner: Any, autoencoder: Any) -> None:
+        self._rewriter, self._text, self._base, self._refiner, self._autoencoder = rewriter, text, base, refiner, autoencoder
+
+    async def rewrite(self, request: Rewriting, enabled: bool) -> Rewritten:
+        """See `Stages`."""
+        prompt: Rewritten = await self._rewriter.rewrite.remote(request, enabled)
+        return prompt
+
+    async def encode(self, texts: Sequence[str]) -> list[Vectors]:
+        """See `Stages`."""
+        vectors: list[Vectors] = await self._text.encode.remote(list(texts))
+        return vectors
+
+    async def conditions(self, shape: VideoShape, frames: Mapping[int, np.ndarray]) -> Conditions:
+        """See `Stages`."""
+        conditions: Conditions = await self._autoencoder.conditions.remote(shape, dict(frames))
+        return conditions
+
+    def base(self, work: BaseWork) -> AsyncGenerator[Step | Done[np.ndarray], None]:
+        """See `Stages`."""
+        return _called(self._base.options(stream=True).run, work)
+
+    def upscale(self, work: UpscaleWork) -> AsyncGenerator[Step | Done[Upscaled], None]:
+        """See `Stages`."""
+        return _called(self._autoencoder.options(stream=True).upscale, work)
+
+    def refine(self, work: RefineWork) -> AsyncGenerator[Step | Done[np.ndarray], None]:
+        """See `Stages`."""
+        return _called(self._refiner.options(stream=True).run, work)
+
+    def decode(self, work: DecodeWork) -> AsyncGenerator[Step | Done[bytes], None]:
+        """See `Stages`."""
+        return _called(self._autoencoder.options(stream=True).decode, work)
+
+
+class DispatcherDeployment:
+    """`serving.dispatcher.Dispatcher` over the other deployments."""
+
+    def __init__(self, settings: Settings, view: Callable[..., dict[str, Any]], *handles: Any) -> None:
+        logging.getLogger("waver").setLevel(logging.INFO)
+        store = JobStore(settings.database_url)
+        webhooks = Webhooks(store, settings.http, view)
+        self._dispatcher = Dispatcher(store, ServeStages(*handles), settings, webhooks, retryable)
+        self._task: asyncio.Task[None] | None = None
+
+    async def reconfigure(self, _: Any) -> None:
+        """Called by Serve once the replica is built, on the loop that stays."""
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._dispatcher.run())
+
+    async def check_health(self) -> None:
+        """A dispatcher whose task has ended is replaced."""
+        if self._task is not None and self._task.done():
+            raise RuntimeError(f"the dispatcher ended: {self._task.exception() if not self._task.cancelled() else 'cancelled'}")
+
+
+def retryable(error: BaseException) -> bool:
+    """Whether a worker failed rather than the request: then the job is begun again."""
+    if isinstance(error, GroupBroken | RayActorError | WorkerCrashedError | ActorUnavailableError | TaskCancelledError):
+        return True
+    return isinstance(error, RayTaskError) and isinstance(error.cause, GroupBroken | RayActorError)
+
+
+async def _called(method: Any, work: Any) -> AsyncGenerator[Any, None]:
+    """A streaming call of a deployment; closing it cancels the call there."""
+    response, ended = method.remote(work), False
+    try:
+        async for item in response:
+            ended = isinstance(item, Done)
+            yield item
+    finally:
+        if not ended:
+            response.cancel()
+
+
+def options_of(options: Deployment, *, name: str, ongoing: int) -> dict[str, Any]:
+    """Arguments of `Deployment.options` in Ray Serve."""
+    answer: dict[str, Any] = {"name": name, "max_ongoing_requests": ongoing, "graceful_shutdown_timeout_s": 5.0}
+    if name == "dispatcher":
+        answer["user_config"] = {}  # without one, Serve does not call `reconfigure`
+    if options.max_replicas is None:
+        answer["num_replicas"] = options.replicas
+    else:
+        scaling = {"min_replicas": options.replicas, "max_replicas": options.max_replicas, "target_ongoing_requests": ongoing}
+        answer["autoscaling_config"] = scaling
+    if options.ranks > 1:
+        own, rank = {"CPU": 0.1}, {"CPU": options.cpus, **({"GPU": options.gpus} if options.gpus else {})}
+        answer["placement_group_bundles"] = [own, *([rank] * options.ranks)]
+        answer["placement_group_strategy"] = "PACK"
+        answer["ray_actor_options"] = {"num_cpus": 0.1, "num_gpus": 0}
+    else:
+        answer["ray_actor_options"] = {"num_cpus": options.cpus, "num_gpus": options.gpus}
+    return answer
+
+
+def _set_threads(options: Deployment) -> None:
+    torch.set_num_threads(options.threads or max(1, int(options.cpus)))

@@ -1,0 +1,295 @@
+"""The page at `/` in a real browser, against the real HTTP side: a job from prompt to comparison, and what may go wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+import yaml
+from PIL import Image
+
+from tests.serving.running import Running
+
+pytestmark = pytest.mark.browser
+NASTY = "<img src=x onerror=\"window.pwned='yes'\"> it's a 'test' </h2><script>window.pwned='yes'</script>"
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]  # fmt: skip
+KEY = "a-key-for-the-test"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api")
+    chromium = shutil.which("chromium") or "/usr/bin/chromium"
+    if not Path(chromium).exists():
+        pytest.skip("no system Chromium: install the chromium package to run the page's browser tests")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=chromium, args=QUIET)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with Running(tmp_path_factory.mktemp("page"), step_s=0.03, queue={"max_queued": 1}) as running:
+        yield running
+
+
+class Visit:
+    """A page that was opened, what its console said, and what it asked for."""
+
+    def __init__(self, browser: Any, url: str, **options: Any) -> None:
+        self.url = url
+        self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 860}, **options})
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(15_000)
+        self.troubles: list[str] = []
+        self.requests: list[str] = []
+        self.page.on("console", lambda message: self.troubles.append(message.text))
+        self.page.on("pageerror", lambda error: self.troubles.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.goto(url)
+
+    def wait(self, selector: str) -> Any:
+        return self.page.wait_for_selector(selector)
+
+    def ask(self, prompt: str) -> None:
+        self.page.fill("#prompt", prompt)
+        self.page.click("#generate")
+
+    def submit(self, prompt: str) -> None:
+        """Ask, and wait until the new job is the one in view."""
+        self.ask(prompt)
+        self.page.locator("#view .prompt", has_text=prompt).wait_for()
+
+    def wait_state(self, state: str) -> str:
+        """The id of the job in view, once it is in that state."""
+        self.wait(f"#view .badge[data-state={state}]")
+        job: str = self.page.locator("#view .job").get_attribute("data-job")
+        return job
+
+    def leave(self, *expected: str) -> None:
+        """Close it; it stayed at home, and its console said nothing but the statuses that the test provoked."""
+        self.context.close()
+        strangers = [url for url in self.requests if not url.startswith((f"{self.url}/", f"blob:{self.url}/"))]
+        assert strangers == []
+        assert [text for text in self.troubles if not any(word in text for word in expected)] == []
+
+
+@pytest.fixture()
+def visit(browser: Any, server: Running) -> Iterator[Visit]:
+    visit = Visit(browser, server.url)
+    visit.wait("#server[data-state=ready]")
+    yield visit
+    visit.context.close()
+
+
+def test_a_job_from_the_prompt_to_the_comparison(visit: Visit, server: Running) -> None:
+    page = visit.page
+    page.click("#seed-draw")
+    seed = int(page.input_value("#seed"))
+    visit.submit(NASTY)
+    visit.wait("#view [data-stage=base][aria-current=step]")
+    bar = page.locator("#view [role=progressbar]")
+    assert 0 < int(bar.get_attribute("aria-valuenow")) < 100
+    assert "step" in bar.get_attribute("aria-valuetext")
+
+    visit.wait("#view [data-stage=refine][aria-current=step]")
+    visit.wait("#view [data-pane=base] video")
+    assert page.locator("#view [data-pane=result] video").count() == 0, "the preview is there before the result"
+    job = visit.wait_state("completed")
+    visit.wait("#view [data-pane=result] video")
+    page.wait_for_timeout(300)
+    sizes = "nodes => nodes.map((video) => [video.videoWidth, video.videoHeight])"
+    assert page.locator("#view video").evaluate_all(sizes) == [[160, 96], [240, 144]]
+    assert page.locator("#view .pane:visible").count() == 2
+
+    # what was typed is text, wherever it stands
+    assert page.locator("#view .prompt").inner_text() == NASTY
+    assert NASTY in page.locator(".card-prompt").first.inner_text()
+    assert page.locator("main img[src=x]").count() == 0
+    assert page.evaluate("window.pwned") is None
+
+    # one clock
+    times = "nodes => nodes.map((video) => video.currentTime)"
+    apart = [abs(a - b) for a, b in (page.locator("#view video").evaluate_all(times) for _ in range(5))]
+    assert sorted(apart)[2] < 0.13, apart
+    page.get_by_role("button", name="Pause").click()
+    page.get_by_role("button", name="One frame on").click()
+    page.wait_for_timeout(200)
+    first, second = page.locator("#view video").evaluate_all(times)
+    assert abs(first - second) < 0.01
+    page.select_option("[aria-label=Zoom]", "4")
+    widths = page.locator("#view .frame").evaluate_all("nodes => nodes.map((node) => node.style.width)")
+    assert widths == ["960px", "960px"]
+    assert page.locator("#view .panes.pixelated").count() == 1
+    page.get_by_label("Overlay").check()
+    assert page.locator("#view [data-pane=result] video").evaluate("node => node.style.clipPath") == "inset(0px 0px 0px 50%)"
+
+    # the command makes the same file
+    page.evaluate("() => { navigator.clipboard.writeText = (text) => { window.copied = text; return Promise.resolve(); }; }")
+    page.get_by_role("button", name="Copy as curl").click()
+    words = shlex.split(page.evaluate("window.copied"))
+    body = json.loads(words[words.index("-d") + 1])
+    assert body["seed"] == seed == server.service.store.get(job).resolved["seed"]
+    assert body["wait"] is True
+    again = httpx2.post(words[2], json=body, timeout=60)
+    assert again.headers["content-type"] == "video/mp4"
+    first, second = (server.service.store.get(one).resolved for one in (job, again.headers["x-waver-job"]))
+    assert {**first, "prompt": ""} == {**second, "prompt": ""}
+    assert body["prompt"] == first["prompt"], "rewritten once; a language model might word it otherwise the next time"
+    assert body["rewrite"] is False
+    visit.leave()
+
+
+def test_the_command_is_one_that_a_shell_understands(visit: Visit, tmp_path: Path) -> None:
+    if shutil.which("curl") is None:
+        pytest.skip("needs curl")
+    page = visit.page
+    picture = tmp_path / "first_frame.png"
+    picture.write_bytes(_png())
+    page.set_input_files("#first_frame", str(picture))
+    page.get_by_role("switch", name="Refine").uncheck(force=True)
+    visit.submit("@it's moving; echo $HOME")
+    visit.wait_state("completed")
+    visit.wait("#view [data-pane=result] video")
+    assert page.locator("#view .pane:visible").count() == 1, "nothing to compare with"
+    page.evaluate("() => { navigator.clipboard.writeText = () => Promise.reject(); }")
+    page.get_by_role("button", name="Copy as curl").click()
+    command = page.locator("#view .command").input_value()
+    subprocess.run(["sh", "-c", f"{command} --silent --noproxy '*'"], cwd=tmp_path, check=True, timeout=60)
+    (video,) = tmp_path.glob("job_*.mp4")
+    assert video.read_bytes()[4:8] == b"ftyp"
+    visit.leave()
+
+
+def test_cancel_then_delete(visit: Visit, server: Running) -> None:
+    page = visit.page
+    visit.submit("slow: to be cancelled")
+    visit.wait("#view [data-stage=base][aria-current=step]")
+    page.get_by_role("button", name="Cancel", exact=True).click()
+    job = visit.wait_state("cancelled")
+    assert server.service.store.get(job).state == "cancelled"
+    assert page.locator(f".card[data-job={job}] .badge").inner_text() == "Cancelled"
+    assert page.locator("#view .notice").inner_text() == "The job was cancelled; it made no result."
+    page.get_by_role("button", name="Delete").click()
+    assert server.service.store.get(job) is not None, "asked once more before it is gone"
+    page.get_by_role("button", name="Really delete?").click()
+    page.wait_for_selector(f".card[data-job={job}]", state="detached")
+    assert server.service.store.get(job) is None
+    visit.leave()
+
+
+def test_a_failed_job_says_why_and_can_be_used_again(visit: Visit) -> None:
+    page = visit.page
+    page.fill("#seed", "41")
+    page.select_option("#style", "pixel")
+    visit.submit("this will fail")
+    visit.wait_state("failed")
+    told = page.locator("#view .notice > *").all_inner_texts()
+    assert told == ["The model ran out of memory: ask for a smaller size.", "out_of_memory"]
+    page.reload()
+    visit.wait("#view .badge[data-state=failed]")
+    assert page.input_value("#prompt") == ""
+    page.get_by_role("button", name="Use again").click()
+    assert page.input_value("#prompt") == "this will fail"
+    assert (page.input_value("#seed"), page.input_value("#style")) == ("41", "pixel")
+    visit.leave()
+
+
+def test_a_full_queue_counts_down(visit: Visit, server: Running) -> None:
+    page = visit.page
+    visit.submit("slow: the first")
+    visit.wait("#view .badge[data-state=in_progress]")
+    visit.submit("the second waits")
+    visit.wait("#view .badge[data-state=queued]")
+    assert "Next in the queue" in page.locator("#view .standing").inner_text()
+    visit.ask("the third is one too many")
+    visit.wait("#form-error:not([hidden])")
+    answer = httpx2.post(f"{server.url}/generate", json={"prompt": "the fourth, too"})
+    assert answer.status_code == 429
+    assert page.locator("#form-error").inner_text() == answer.json()["error"]["message"]
+    assert page.locator("#generate").inner_text().startswith("Try again in ")
+    assert page.locator("#generate").is_disabled()
+    assert page.input_value("#prompt") == "the third is one too many"
+    page.get_by_role("button", name="Cancel", exact=True).click()
+    visit.wait_state("cancelled")
+    page.locator(".card", has_text="slow: the first").click()
+    page.get_by_role("button", name="Cancel", exact=True).click()
+    visit.wait_state("cancelled")
+    visit.leave("429")
+
+
+def test_refusals_are_shown_at_their_field(visit: Visit) -> None:
+    page = visit.page
+    page.click("#generate")
+    assert page.locator("#form-error").inner_text() == "Say in the prompt what to show."
+    assert page.evaluate("document.activeElement.id") == "prompt"
+    page.select_option("#size", "custom")
+    page.fill("#width", "99")
+    page.fill("#height", "64")
+    visit.ask("an impossible size")
+    page.wait_for_selector("#form-error:has-text('99x64')")
+    assert page.locator("#size").get_attribute("aria-invalid") == "true"
+    visit.leave("400")
+
+
+def test_the_page_fits_a_phone_and_needs_no_mouse(browser: Any, server: Running) -> None:
+    visit = Visit(browser, server.url, viewport={"width": 390, "height": 844}, color_scheme="dark", reduced_motion="reduce")
+    page = visit.page
+    visit.wait("#server[data-state=ready]")
+    page.get_by_role("radio", name="Image").check(force=True)
+    assert not page.locator("#seconds").is_visible()
+    page.focus("#prompt")
+    page.keyboard.type("A still picture")
+    page.keyboard.press("Control+Enter")
+    visit.wait_state("completed")
+    visit.wait("#view [data-pane=result] img")
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    names = "nodes => nodes.filter((node) => !(node.ariaLabel || node.innerText || node.title).trim()).length"
+    assert page.locator("button:visible").evaluate_all(names) == 0, "every button has a name"
+    unnamed = "nodes => nodes.filter((node) => !node.labels?.length && !node.ariaLabel).map((node) => node.outerHTML)"
+    assert page.locator("input, select, textarea").evaluate_all(unnamed) == []
+    visit.leave()
+
+
+def test_a_key_is_asked_for_and_kept_in_this_tab_only(browser: Any, tmp_path: Path) -> None:
+    keys = tmp_path / "keys.yaml"
+    keys.write_text(yaml.safe_dump({"keys": [{"name": "test", "sha256": hashlib.sha256(KEY.encode()).hexdigest()}]}))
+    with Running(tmp_path / "server", http={"api_keys": str(keys)}) as server:
+        visit = Visit(browser, server.url)
+        page = visit.page
+        visit.wait("#key[open]")
+        page.fill("#key-value", KEY)
+        page.get_by_role("button", name="Use this key").click()
+        page.wait_for_selector("#key", state="hidden")
+        visit.submit("A boat")
+        visit.wait_state("completed")
+        visit.wait("#view [data-pane=result] video")
+        visit.wait(".card .thumb img")
+        stores = page.evaluate("[Object.values(sessionStorage), Object.values(localStorage), document.cookie]")
+        assert stores == [[KEY], [], ""]
+        assert not any(KEY in url for url in visit.requests)
+
+        server.stop()
+        visit.wait("#offline:not([hidden])")
+        assert page.locator("#server").inner_text() == "Offline"
+        server.start()
+        page.wait_for_selector("#offline", state="hidden")
+        visit.wait("#server[data-state=ready]")
+        visit.leave("401", "ERR_")
+
+
+def _png() -> bytes:
+    data = io.BytesIO()
+    Image.new("RGB", (160, 96), (200, 40, 40)).save(data, "PNG")
+    return data.getvalue()
