@@ -7,7 +7,7 @@ VENV_STAMP := $(VENV)/.stamp-venv
 RUN_STAMP := $(VENV)/.stamp-run
 DEV_STAMP := $(VENV)/.stamp-dev
 MODELS_STAMP := $(VENV)/.stamp-models
-CODE := waver_core curation training benchmarks tests
+CODE := waver_core curation training serving benchmarks tests
 
 # Folders reach the shell by the environment, so that names with spaces need no care.
 VIDEOS ?=
@@ -15,19 +15,22 @@ OUT ?=
 PROFILE ?= embedded
 CLIPS ?= 480
 MINUTES ?= 4
-export VIDEOS OUT PROFILE CLIPS MINUTES
+BASE ?=
+REFINER ?=
+PORT ?= 8000
+export VIDEOS OUT PROFILE CLIPS MINUTES BASE REFINER PORT
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo demo-training test check format bench models fetch-models check-backends clean setup setup-dev setup-models constraints
+.PHONY: help demo demo-training demo-serving serve test check format bench models fetch-models check-backends clean setup setup-dev setup-models constraints
 
 help:  ## List the targets
-	@echo "make demo                  Render a collection, curate it, train a tiny model, sample it (about seven minutes)"
+	@echo "make demo                  Render a collection, curate it, train a tiny model, serve it (about nine minutes)"
 	@echo "make demo VIDEOS=/folder   Curate your own videos"
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | grep -v '^demo:' | awk -F ':.*## ' '{printf "make %-21s %s\n", $$1, $$2}'
 
-demo: $(RUN_STAMP)  ## Curate a rendered collection and train on another, or curate VIDEOS=/folder, into OUT=/folder
+demo: $(RUN_STAMP)  ## Curate, train and serve rendered collections, or curate VIDEOS=/folder, into OUT=/folder
 	@set -e; out="$$OUT"; profile=""; \
 	if [ -z "$$VIDEOS" ]; then \
 	  out="$${out:-out/demo}"; VIDEOS="$$out/videos"; profile="--profile demo"; \
@@ -36,7 +39,11 @@ demo: $(RUN_STAMP)  ## Curate a rendered collection and train on another, or cur
 	  out="$${out:-out/run-$$(basename "$$VIDEOS")}"; \
 	fi; \
 	$(PY) curation/run_funnel.py $$profile --input "$$VIDEOS" --output "$$out"; \
-	if [ -n "$$profile" ]; then $(MAKE) --no-print-directory demo-training OUT="$$out/training"; fi
+	if [ -n "$$profile" ]; then \
+	  $(MAKE) --no-print-directory demo-training OUT="$$out/training"; \
+	  $(MAKE) --no-print-directory demo-serving OUT="$$out/served" BASE="$$out/training/run/t2v_192p_12fps/export" \
+	    REFINER="$$out/training/run/refine_1080p/export"; \
+	fi
 
 demo-training: $(RUN_STAMP)  ## Render and curate CLIPS=480 small clips, train a tiny model on them for MINUTES=4, sample it
 	@set -e; out="$${OUT:-out/demo/training}"; stage=t2v_192p_12fps; \
@@ -49,7 +56,20 @@ demo-training: $(RUN_STAMP)  ## Render and curate CLIPS=480 small clips, train a
 	  --prompt "A medium-sized green disc moves to the right over a beige background." \
 	  --prompt "A medium-sized blue disc moves up over a white background." \
 	  --prompt "A medium-sized magenta disc moves down over a beige background."; \
-	echo "Filmstrips of the four: $$out/samples/sheet.jpg"
+	echo "Filmstrips of the four: $$out/samples/sheet.jpg"; \
+	$(PY) training/stage.py --profile embedded --profile tiny --stage refine_1080p --curated "$$out/curated" --output "$$out/run" \
+	  --set "training.stages.refine_1080p.after=$$stage" --set training.stages.refine_1080p.schedule.max_minutes=1
+
+demo-serving: $(RUN_STAMP)  ## Start a server on BASE=/export [REFINER=/export], make videos through HTTP into OUT=/folder, stop it
+	@set -e; out="$${OUT:-out/demo/served}"; base="$${BASE:-out/demo/training/run/t2v_192p_12fps/export}"; \
+	$(PY) serving/demo.py --base "$$base" $${REFINER:+--refiner "$$REFINER"} --output "$$out"
+
+serve: $(RUN_STAMP)  ## Serve BASE=/export [REFINER=/export] on 127.0.0.1, PORT=8000, page and all (default: what make demo trained)
+	@demo=out/demo/training/run; base="$$BASE"; refiner="$$REFINER"; \
+	if [ -z "$$base" ]; then \
+	  base="$$demo/t2v_192p_12fps/export"; if [ -d "$$demo/refine_1080p/export" ]; then refiner="$$demo/refine_1080p/export"; fi; \
+	fi; \
+	exec $(PY) serving/run.py --profile embedded --profile tiny --base "$$base" $${refiner:+--refiner "$$refiner"} --port "$$PORT" $(ARGS)
 
 test: $(DEV_STAMP)  ## Run the tests; ARGS="-k name" chooses among them
 	@$(PY) -m pytest $(ARGS)

@@ -8,7 +8,9 @@ its whole server or alone, loses its jobs to the queue after `queue.lease_s`; wh
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
+import os
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -26,13 +28,15 @@ from serving.settings import Settings
 from serving.store import JobStore
 from serving.webhooks import Webhooks
 from waver_core.errors import UserError
-from waver_core.storage import join, remove, write_atomic
+from waver_core.storage import is_local, join, local_path, remove, write_atomic
 from waver_core.video import read_image
 
 log = logging.getLogger("waver.dispatcher")
 _REPORT_EVERY_S = 0.1
 _TIDY_EVERY_S = 5.0
 _CANCEL_EVERY_S = 0.1
+_ORPHAN_AFTER_S = 3600.0
+_SWEEP_EVERY_S = 600.0
 
 
 class Lost(Exception):
@@ -51,6 +55,7 @@ class Dispatcher:
         base, refiner = checkpoints(settings)
         self._models = base.model, refiner.model if refiner else None
         self._rates = Rates()
+        self._claims = itertools.count()
         self._running: dict[str, tuple[Job, asyncio.Task[None]]] = {}
 
     async def run(self) -> None:
@@ -58,6 +63,7 @@ class Dispatcher:
         await self._learn_from_the_past()
         chores = [self._every(self._settings.queue.lease_s / 4, self._heartbeat), self._every(_CANCEL_EVERY_S, self._cancel)]
         chores += [self._every(1.0, self._send_webhooks), self._every(_TIDY_EVERY_S, self._tidy)]
+        chores.append(self._every(_SWEEP_EVERY_S, self._sweep_up))
         try:
             async with asyncio.TaskGroup() as group:
                 for chore in chores:
@@ -72,41 +78,52 @@ class Dispatcher:
         while True:
             job = None
             if len(self._running) < queue.running:
-                job = await self._steadily(asyncio.to_thread(self._store.claim, self._name))
+                worker = f"{self._name}-{next(self._claims)}"
+                job = await self._steadily(asyncio.to_thread(self._store.claim, worker))
             if job is None:
                 await asyncio.sleep(queue.poll_s)
                 continue
             task = asyncio.create_task(self._job(job))
-            self._running[job.id] = job, task
-            task.add_done_callback(partial(self._forget, job.id))
+            self._running[worker] = job, task
+            task.add_done_callback(partial(self._forget, worker))
 
-    def _forget(self, job_id: str, _: Any) -> None:
-        del self._running[job_id]
+    def _forget(self, worker: str, task: asyncio.Task[None]) -> None:
+        del self._running[worker]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a job's end could not be written down; it is begun again after its lease: %s", _one_line(error))
 
     async def _job(self, job: Job) -> None:
         """One attempt at one job, whatever comes of it."""
         observer = _Observer(job, self._store, self._settings, self._units(job), self._rates)
-        attempts = self._settings.queue.max_attempts
+        limit = asyncio.timeout(self._settings.queue.max_run_s)
         try:
-            async with asyncio.timeout(self._settings.queue.max_run_s):
+            async with limit:
                 result = await generate(await asyncio.to_thread(self._wish, job), self._stages, observer)
                 await self._complete(job, result, observer)
         except (Lost, asyncio.CancelledError):
             await asyncio.shield(asyncio.to_thread(self._let_go, job))
-        except TimeoutError:
-            message = f"the job ran longer than {self._settings.queue.max_run_s:g} s and was stopped"
-            await asyncio.to_thread(self._store.fail, job.id, job.attempt, "timeout", message, observer.seconds)
         except UserError as error:
-            await asyncio.to_thread(self._store.fail, job.id, job.attempt, "impossible", str(error), observer.seconds)
+            await self._fail(job, observer, "impossible", str(error))
         except Exception as error:
-            if self._retryable(error):
+            if limit.expired():
+                message = f"the job ran longer than {self._settings.queue.max_run_s:g} s and was stopped"
+                await self._fail(job, observer, "timeout", message)
+            elif self._retryable(error):
                 log.warning("job %s, attempt %d: %s", job.id, job.attempt, _one_line(error))
                 message = "a worker of the server died under the job, more often than it is begun anew"
+                attempts = self._settings.queue.max_attempts
                 await asyncio.to_thread(self._store.retry, job.id, job.attempt, attempts, "worker_lost", message)
             else:
                 log.exception("job %s failed", job.id)
-                message = f"the server could not make it; its log has the reason under {job.id}"
-                await asyncio.to_thread(self._store.fail, job.id, job.attempt, "internal", message, observer.seconds)
+                await self._fail(
+                    job, observer, "internal", f"the server could not make it; its log has the reason under {job.id}"
+                )
+        finally:
+            for stage, steps in observer.steps.items():
+                await asyncio.shield(asyncio.to_thread(self._store.add_steps, stage, steps))
+
+    async def _fail(self, job: Job, observer: _Observer, code: str, message: str) -> None:
+        await asyncio.to_thread(self._store.fail, job.id, job.attempt, code, message, observer.seconds)
 
     def _let_go(self, job: Job) -> None:
         """The job is no longer computed: because that was asked for, or because this dispatcher ends; then it waits again."""
@@ -131,9 +148,6 @@ class Dispatcher:
         for stage, taken in seconds.items():
             self._rates.learn(stage, observer.units.get(stage, 0.0), taken)
             await asyncio.to_thread(self._store.add_stage_seconds, stage, taken)
-        for stage, steps in (("base", plan.steps), ("refine", plan.refiner_steps)):
-            if steps:
-                await asyncio.to_thread(self._store.add_steps, stage, steps)
 
     def _wish(self, job: Job) -> Wish:
         pictures = {0: job.request.get("first_frame"), -1: job.request.get("last_frame")}
@@ -154,7 +168,8 @@ class Dispatcher:
 
     async def _heartbeat(self) -> None:
         queue = self._settings.queue
-        await asyncio.to_thread(self._store.heartbeat, self._name)
+        for worker in list(self._running):  # each job has a worker's name of its own: one whose end was not written falls silent
+            await asyncio.to_thread(self._store.heartbeat, worker)
         for job in await asyncio.to_thread(self._store.reclaim, queue.lease_s, queue.max_attempts):
             log.warning("job %s: its dispatcher fell silent; it is %s now", job.id, job.state)
 
@@ -172,6 +187,21 @@ class Dispatcher:
             await asyncio.to_thread(remove, self._path(f"jobs/{job.id}"), recursive=True)
         for job_id in await asyncio.to_thread(self._store.forget, time.time() - 86400 * storage.forget_days):
             await asyncio.to_thread(remove, self._path(f"jobs/{job_id}"), recursive=True)
+
+    async def _sweep_up(self) -> None:
+        await asyncio.to_thread(self._sweep)
+
+    def _sweep(self) -> None:
+        """Delete folders of no job: left by a server that was killed between writing pictures and accepting the job, or between
+        forgetting a job and deleting its files."""
+        folder = self._path("jobs")
+        if not is_local(folder) or not os.path.isdir(local_path(folder)):
+            return
+        with os.scandir(local_path(folder)) as entries:
+            old = [e.name for e in entries if e.is_dir() and e.stat().st_mtime < time.time() - _ORPHAN_AFTER_S]
+        for name in old:
+            if self._store.get(name) is None:
+                remove(join(folder, name), recursive=True)
 
     async def _send_webhooks(self) -> None:
         await asyncio.to_thread(self._webhooks.send_due)
@@ -200,6 +230,8 @@ class _Observer:
     def __init__(self, job: Job, store: JobStore, settings: Settings, units: dict[str, float], rates: Rates) -> None:
         self.plan, self.units = plan_of(job), units
         self.seconds: dict[str, float] = {}
+        self.steps: dict[str, int] = {}
+        """Network steps so far, of this attempt."""
         self._job, self._store, self._settings = job, store, settings
         self._progress = Progress(rates.expected_s(units))
         self._stage, self._begun, self._told = "", 0.0, 0.0
@@ -210,6 +242,8 @@ class _Observer:
         if stage != self._stage:
             self._stage, self._begun, self._told = stage, now, 0.0
         self.seconds[stage] = now - self._begun
+        if stage in ("base", "refine") and steps > 1:
+            self.steps[stage] = max(done, self.steps.get(stage, 0))
         progress = self._progress.at(stage, done, steps)
         if now - self._told < _REPORT_EVERY_S and done < steps:
             return

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import socket
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from datetime import timedelta
@@ -79,6 +80,10 @@ class Rank:
     async def stop(self) -> None:
         """End the loop before its next step; to be told to the first rank."""
         self._stop = True
+
+    async def process_id(self) -> int:
+        """Of this rank, for whoever looks into a group from outside."""
+        return os.getpid()
 
     async def steps_done(self) -> int:
         """See `Denoiser.steps_done`."""

@@ -1,0 +1,287 @@
+"""The dispatcher over stages that can be told to fail, hang or die: what becomes of jobs, and of their files."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from serving.cascade import BaseWork, Conditions, DecodeWork, RefineWork, Upscaled, UpscaleWork, Vectors
+from serving.dispatcher import Dispatcher
+from serving.jobs import PRIORITIES, Job
+from serving.plan import facts, plan
+from serving.rewriting import Rewritten
+from serving.settings import Settings
+from serving.store import JobStore
+from serving.streaming import Done, OnStep, Step, stream
+from serving.webhooks import Webhooks
+from tests.serving.exports import write_settings
+from tests.serving.generate_requests import request
+from waver_core.backends.contracts import Rewriting
+from waver_core.errors import UserError
+from waver_core.flow.sampler import Stop
+from waver_core.shapes import VideoShape
+
+
+class WorkerDied(Exception):
+    """Stands for Ray's errors of dead actors."""
+
+
+@dataclass
+class FakeStages:
+    """Small numbers for every stage. `base_raises`: what the base model raises on its first runs; `step_s`: how slow it is."""
+
+    base_raises: list[Exception] = field(default_factory=list)
+    step_s: float = 0.0
+    steps_done: int = 0
+    running: int = 0
+    most_running: int = 0
+
+    async def rewrite(self, asked: Rewriting, enabled: bool) -> Rewritten:
+        return Rewritten(asked.prompt + "!", asked.prompt, "fake-1")
+
+    async def encode(self, texts: Sequence[str]) -> list[Vectors]:
+        return [(np.zeros((1, 4), np.float32),) for _ in texts]
+
+    async def conditions(self, shape: VideoShape, frames: Mapping[int, np.ndarray]) -> Conditions:
+        return Conditions(np.zeros((16, 1, 8, 8), np.float32), {})
+
+    def base(self, work: BaseWork) -> AsyncGenerator[Step | Done[np.ndarray], None]:
+        def compute(on_step: OnStep) -> np.ndarray:
+            if self.base_raises:
+                raise self.base_raises.pop(0)
+            self.running += 1
+            self.most_running = max(self.most_running, self.running)
+            try:
+                for done in range(work.plan.steps + 1):
+                    if not on_step(done, work.plan.steps):
+                        raise Stop(done, work.plan.steps)
+                    self.steps_done += done > 0
+                    time.sleep(self.step_s)
+            finally:
+                self.running -= 1
+            return np.zeros((16, 3, 8, 8), np.float32)
+
+        return stream(compute)
+
+    def upscale(self, work: UpscaleWork) -> AsyncGenerator[Step | Done[Upscaled], None]:
+        return stream(lambda on_step: Upscaled(work.latents, work.latents[:, :1], b"preview"))
+
+    def refine(self, work: RefineWork) -> AsyncGenerator[Step | Done[np.ndarray], None]:
+        return stream(lambda on_step: work.latents)
+
+    def decode(self, work: DecodeWork) -> AsyncGenerator[Step | Done[bytes], None]:
+        return stream(lambda on_step: b"the file of seed %d" % work.plan.seed)
+
+
+class House:
+    """A store, settings over untrained exports, and dispatchers as they are asked for."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings, self.store, self.number = settings, JobStore(settings.database_url), 0
+        self.folder = Path(settings.storage.folder)
+
+    def submit(self, seed: int = 1, priority: str = "normal", **asked: Any) -> str:
+        wanted = request(**{"steps": 5, "seed": seed, **asked})
+        made = plan(wanted, facts(self.settings), self.settings, seed)
+        self.number += 1
+        job, _ = self.store.submit(
+            f"job_{self.number:024x}",
+            "local",
+            wanted.model_dump(),
+            priority=PRIORITIES[priority],
+            resolved=made.to_json(),
+            request_digest="",
+            max_queued=100,
+        )
+        return job.id
+
+    def dispatcher(self, stages: Any, settings: Settings | None = None) -> Dispatcher:
+        used = settings or self.settings
+        webhooks = Webhooks(self.store, used.http, lambda job: {"id": job.id})
+        return Dispatcher(self.store, stages, used, webhooks, lambda error: isinstance(error, WorkerDied))
+
+    def job(self, job_id: str) -> Job:
+        job = self.store.get(job_id)
+        assert job is not None
+        return job
+
+    def files(self, job_id: str) -> list[str]:
+        return sorted(p.name for p in (self.folder / "jobs" / job_id).glob("*"))
+
+    def with_queue(self, **changes: Any) -> Settings:
+        return self.settings.model_copy(update={"queue": self.settings.queue.model_copy(update=changes)})
+
+
+@pytest.fixture
+def house(tmp_path: Path) -> House:
+    return House(write_settings(tmp_path, "serving.queue.lease_s=0.4", "serving.queue.poll_s=0.01"))
+
+
+def run(
+    dispatchers: Sequence[Dispatcher], until: Callable[[], Any], meanwhile: Callable[[], Awaitable[None]] | None = None
+) -> None:
+    """Dispatchers until something holds; fails after ten seconds."""
+
+    async def main() -> None:
+        tasks = [asyncio.create_task(d.run()) for d in dispatchers]
+        if meanwhile is not None:
+            await meanwhile()
+        async with asyncio.timeout(10):
+            while not until():
+                await asyncio.sleep(0.01)
+                assert not any(task.done() for task in tasks), [t.exception() for t in tasks if t.done()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.sleep(0.1)
+
+    asyncio.run(main())
+
+
+def test_a_job_is_made_with_its_preview_its_prompt_and_its_times(house: House) -> None:
+    job_id = house.submit(seed=9)
+    run([house.dispatcher(FakeStages())], lambda: "base" in house.store.step_counts())
+    job = house.job(job_id)
+    assert (job.state, job.progress, job.attempt) == ("completed", 1.0, 1)
+    assert house.files(job_id) == ["preview-1.mp4", "result-1.mp4"]
+    assert (house.folder / str(job.output)).read_bytes() == b"the file of seed 9"
+    assert job.resolved["prompt"].endswith("!") and job.resolved["rewritten_by"] == "fake-1"
+    assert list(job.stage_seconds) == ["rewrite", "encode", "base", "upscale", "refine", "decode"]
+    assert house.store.step_counts()["base"] == 5 and house.store.stage_histogram()["base"].count == 1
+
+
+def test_a_dead_worker_begins_the_job_again(house: House) -> None:
+    job_id = house.submit()
+    run([house.dispatcher(FakeStages([WorkerDied(), WorkerDied()]))], lambda: house.job(job_id).ended)
+    assert (house.job(job_id).state, house.job(job_id).attempt) == ("completed", 3)
+
+
+def test_but_not_for_ever(house: House) -> None:
+    job_id = house.submit()
+    run([house.dispatcher(FakeStages([WorkerDied()] * 9))], lambda: house.job(job_id).ended)
+    job = house.job(job_id)
+    assert (job.state, job.error_code, job.attempt) == ("failed", "worker_lost", 3)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [(RuntimeError("secret /etc/passwd"), "internal", "log"), (UserError("take less of it"), "impossible", "take less of it")],
+)
+def test_what_is_wrong_with_a_request_is_not_tried_again(house: House, error: Exception, code: str, told: str) -> None:
+    job_id = house.submit()
+    run([house.dispatcher(FakeStages([error]))], lambda: house.job(job_id).ended)
+    job = house.job(job_id)
+    assert (job.state, job.error_code, job.attempt) == ("failed", code, 1)
+    assert told in str(job.error_message) and "passwd" not in str(job.error_message)
+
+
+def test_a_stage_that_times_out_by_itself_is_no_time_out_of_the_job(house: House) -> None:
+    job_id = house.submit()
+    run([house.dispatcher(FakeStages([TimeoutError("an endpoint")]))], lambda: house.job(job_id).ended)
+    assert house.job(job_id).error_code == "internal"
+
+
+def test_a_job_that_runs_too_long_is_stopped(house: House) -> None:
+    stages, job_id = FakeStages(step_s=0.05), house.submit(steps=100)
+    run([house.dispatcher(stages, house.with_queue(max_run_s=0.3))], lambda: house.job(job_id).ended)
+    assert (house.job(job_id).state, house.job(job_id).error_code) == ("failed", "timeout")
+    assert stages.steps_done < 50 and stages.running == 0
+
+
+def test_cancelling_in_mid_run_stops_the_steps(house: House) -> None:
+    stages, job_id = FakeStages(step_s=0.02), house.submit(steps=100)
+
+    async def cancel() -> None:
+        while stages.steps_done < 3:
+            await asyncio.sleep(0.01)
+        house.store.cancel(job_id)
+
+    run([house.dispatcher(stages)], lambda: house.job(job_id).ended, cancel)
+    assert house.job(job_id).state == "cancelled" and stages.steps_done < 60
+    assert "result-1.mp4" not in house.files(job_id)
+
+
+def test_a_dispatcher_that_ends_gives_its_jobs_back(house: House) -> None:
+    stages, job_id = FakeStages(step_s=0.02), house.submit(steps=50)
+    run([house.dispatcher(stages)], lambda: stages.steps_done > 2)
+    assert house.job(job_id).state == "queued" and stages.running == 0
+    run([house.dispatcher(FakeStages())], lambda: house.job(job_id).ended)
+    assert (house.job(job_id).state, house.job(job_id).attempt) == ("completed", 2)
+
+
+def test_a_dispatcher_that_falls_silent_loses_its_job_and_its_result(house: House) -> None:
+    """The old one goes on computing, unaware; what it brings later is thrown away."""
+    job_id = house.submit()
+    old = house.store.claim("silent")
+    assert old is not None and old.id == job_id
+    run([house.dispatcher(FakeStages())], lambda: house.job(job_id).ended)
+    job = house.job(job_id)
+    assert (job.state, job.attempt) == ("completed", 2)
+    assert not house.store.complete(job_id, 1, output="late", stage_seconds={}, expires_at=0.0)
+    assert house.job(job_id).output == job.output
+
+
+def test_two_dispatchers_share_the_work_and_nothing_is_made_twice(house: House) -> None:
+    stages = [FakeStages(step_s=0.002), FakeStages(step_s=0.002)]
+    ids = [house.submit(seed=n) for n in range(12)]
+    run([house.dispatcher(s) for s in stages], lambda: all(house.job(i).ended for i in ids))
+    assert {house.job(i).state for i in ids} == {"completed"} and {house.job(i).attempt for i in ids} == {1}
+    assert sum(s.steps_done for s in stages) == 12 * 5 and all(s.steps_done for s in stages)
+
+
+def test_no_more_run_at_once_than_may_and_higher_priorities_come_first(house: House) -> None:
+    stages = FakeStages(step_s=0.005)
+    low = [house.submit(priority="low") for _ in range(3)]
+    high = [house.submit(priority="high") for _ in range(3)]
+    run([house.dispatcher(stages)], lambda: all(house.job(i).ended for i in low + high))
+    assert stages.most_running == 2
+    assert max(house.job(i).started_at or 0 for i in high) <= min(house.job(i).started_at or 0 for i in low)
+
+
+def test_results_past_their_date_and_folders_of_no_job_are_deleted(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.dispatcher._TIDY_EVERY_S", 0.05)
+    storage = house.settings.storage.model_copy(update={"keep_hours": 0.1 / 3600})
+    orphan, new = house.folder / "jobs" / "job_nobodys", house.folder / "jobs" / "job_on_its_way"
+    for folder in (orphan, new):
+        folder.mkdir(parents=True)
+    os.utime(orphan, (0, 0))
+    job_id = house.submit()
+    expiring = house.settings.model_copy(update={"storage": storage})
+    run([house.dispatcher(FakeStages(), expiring)], lambda: house.job(job_id).state == "expired")
+    assert house.job(job_id).output is None and house.files(job_id) == []
+    assert not orphan.exists() and new.exists()
+
+
+def test_a_store_that_is_away_for_a_moment_does_not_end_the_dispatcher(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id, claim, failures = house.submit(), house.store.claim, [OSError("no database")]
+
+    def flaky(worker: str) -> Job | None:
+        if failures:
+            raise failures.pop()
+        return claim(worker)
+
+    monkeypatch.setattr(house.store, "claim", flaky)
+    run([house.dispatcher(FakeStages())], lambda: house.job(job_id).ended)
+    assert house.job(job_id).state == "completed"
+
+
+def test_a_job_whose_end_could_not_be_written_is_begun_again(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    job_id, complete, failures = house.submit(), house.store.complete, [OSError("disk full")]
+
+    def flaky(*args: Any, **values: Any) -> bool:
+        if failures:
+            raise failures.pop()
+        return complete(*args, **values)
+
+    monkeypatch.setattr(house.store, "complete", flaky)
+    monkeypatch.setattr(house.store, "fail", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    run([house.dispatcher(FakeStages())], lambda: house.job(job_id).ended)
+    assert (house.job(job_id).state, house.job(job_id).attempt) == ("completed", 2)
