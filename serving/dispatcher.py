@@ -177,7 +177,8 @@ class Dispatcher:
         """Stop jobs that are asked to stop; also those that another dispatcher has taken over."""
         for job, task in list(self._running.values()):
             now = await asyncio.to_thread(self._store.get, job.id)
-            if now is None or now.cancel_requested or now.attempt != job.attempt or now.state != "in_progress":
+            gone = now is None or now.attempt != job.attempt or now.state == "queued"
+            if gone or (now and now.state == "in_progress" and now.cancel_requested):
                 task.cancel()
 
     async def _tidy(self) -> None:
