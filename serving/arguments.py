@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict
 
 from serving.settings import Settings, load_settings
 from waver_core.config import load_config
+from waver_core.errors import ConfigError
 from waver_core.storage import is_local
 
 
@@ -34,6 +35,8 @@ def settings_of(args: Arguments) -> Settings:
     overrides = [*args.set, *(f"serving.cascade.{key}={value}" for key, value in short.items() if value)]
     settings = load_settings(load_config(args.config, [p for p in args.profile.split(",") if p], overrides))
     cascade, storage, http = settings.cascade, settings.storage, settings.http
+    if not is_local(storage.folder):
+        raise ConfigError(f"serving.storage.folder: {storage.folder} is no folder: give a local or mounted one")
     return settings.model_copy(
         update={
             "cascade": cascade.model_copy(update={"base": _absolute(cascade.base), "refiner": _absolute(cascade.refiner)}),

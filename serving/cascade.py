@@ -36,6 +36,8 @@ class Wish:
     plan: Plan
     rewrite: bool = True
     frames: Mapping[int, np.ndarray] = field(default_factory=dict)
+    settled: Rewritten | None = None
+    """The prompt as an earlier attempt rewrote it: a language model may word it differently the next time."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ async def generate(wish: Wish, stages: Stages, observer: Observer) -> Result:
 
     async with clock.stage("rewrite"):
         seconds = plan.seconds if plan.kind == "video" else 0.0
-        prompt = await stages.rewrite(Rewriting(wish.prompt, seconds, plan.style_words), wish.rewrite)
+        prompt = wish.settled or await stages.rewrite(Rewriting(wish.prompt, seconds, plan.style_words), wish.rewrite)
         await observer.rewritten(prompt)
     metadata = metadata_of(plan, prompt)
 
@@ -193,7 +195,8 @@ class _Clock:
 
 class _Stage:
     def __init__(self, clock: _Clock, name: str) -> None:
-        self._clock, self._name, self._last = clock, name, Step(0, 1)
+        self._clock, self._name = clock, name
+        self._last: Step | None = None
 
     async def __aenter__(self) -> Any:
         self._start = time.perf_counter()
@@ -203,8 +206,11 @@ class _Stage:
     async def __aexit__(self, kind: Any, *_: Any) -> None:
         if kind is None:
             self._clock.seconds[self._name] = round(time.perf_counter() - self._start, 6)
-            await self._clock.observer.step(self._name, self._last.steps, self._last.steps)
+            steps = self._last.steps if self._last else 1
+            await self._clock.observer.step(self._name, steps, steps)
 
     async def _told(self, step: Step) -> None:
+        if self._last is None:
+            self._start = time.perf_counter()  # waiting for a free replica is no part of the stage
         self._last = step
         await self._clock.observer.step(self._name, step.done, step.steps)

@@ -16,6 +16,7 @@ import os
 import sqlite3
 import threading
 import time
+import uuid
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -99,6 +100,7 @@ class Database:
             found = connection.scalar(select(META.c.value).where(META.c.name == "schema_version"))
             if found is None:
                 connection.execute(insert(META).values(name="schema_version", value=str(SCHEMA_VERSION)))
+                connection.execute(insert(META).values(name="identity", value=uuid.uuid4().hex))
             elif found != str(SCHEMA_VERSION):
                 shown = self._url.render_as_string(hide_password=True)
                 raise ConfigError(

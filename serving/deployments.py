@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Literal
 
@@ -13,7 +14,8 @@ import numpy as np
 import torch
 from fastapi import FastAPI
 from ray import serve
-from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError, TaskCancelledError, WorkerCrashedError
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
 
 from serving.api import create_app
 from serving.api.service import Service
@@ -28,10 +30,15 @@ from serving.store import JobStore
 from serving.streaming import Done, Step, stream
 from serving.webhooks import Webhooks
 from waver_core.backends.contracts import Rewriting
+from waver_core.errors import UserError
 from waver_core.shapes import VideoShape
 
 Readiness = Callable[[], Awaitable[dict[str, str]]]
 """Deployment -> "ready", or why it is not."""
+
+
+class ReplicaBroken(Exception):
+    """The GPU of a replica can no longer be trusted; Serve replaces it, and the job may be begun again."""
 
 
 @serve.ingress()
@@ -75,7 +82,7 @@ class NetworkDeployment:
     """The base model or the refiner, in this process or in a group of ranks."""
 
     def __init__(self, kind: Literal["base", "refine"], checkpoint: Checkpoint, cascade: Cascade, options: Deployment) -> None:
-        self._kind = kind
+        self._kind, self._turn = kind, asyncio.Lock()
         self._group = RankGroup(checkpoint, cascade, options) if options.ranks > 1 else None
         if self._group is None:
             _set_threads(options)
@@ -88,18 +95,25 @@ class NetworkDeployment:
         else:
             model: Callable[..., np.ndarray] = self._denoiser.base if self._kind == "base" else self._denoiser.refine
             steps = stream(partial(model, work))
-        async with contextlib.aclosing(steps):
-            async for item in steps:
-                yield item
+        try:
+            # Serve frees a cancelled call's place at once; the thread behind it may still be in its last step.
+            async with self._turn, contextlib.aclosing(steps):
+                async for item in steps:
+                    yield item
+        except torch.AcceleratorError as error:
+            raise ReplicaBroken(f"{type(error).__name__}: {error}") from error
 
     async def steps_done(self) -> int:
         """Network steps since the start: stands still while nothing is computed."""
         return await self._group.steps_done() if self._group is not None else self._denoiser.steps_done
 
     async def check_health(self) -> None:
-        """Build a poisoned group anew while nothing else happens; a group that cannot be built makes the replica unhealthy."""
+        """Build a poisoned group anew while nothing else happens. A group that cannot be built, or a GPU whose context an earlier
+        error has spoiled, makes the replica unhealthy, and Serve replaces it."""
         if self._group is not None and not self._group.busy:
             await self._group.ready()
+        if self._group is None and torch.cuda.is_available():
+            torch.cuda.default_stream().query()  # raises after an error, waits for nothing
 
 
 class AutoencoderDeployment:
@@ -107,21 +121,25 @@ class AutoencoderDeployment:
 
     def __init__(self, checkpoint: Checkpoint, cascade: Cascade, options: Deployment) -> None:
         _set_threads(options)
-        self._pictures = Pictures(checkpoint, cascade)
+        self._pictures, self._turn = Pictures(checkpoint, cascade), asyncio.Lock()
 
     async def conditions(self, shape: VideoShape, frames: Mapping[int, np.ndarray]) -> Conditions:
-        """See `Stages.conditions`."""
-        return await asyncio.to_thread(self._pictures.conditions, shape, frames)
+        """See `Stages.conditions`; without given frames it does not wait behind another job's decoding."""
+        black = self._pictures.black(shape.height_px, shape.width_px)
+        if black is not None and not frames:
+            return Conditions(black, {})
+        async with self._turn:
+            return await asyncio.to_thread(self._pictures.conditions, shape, frames)
 
     async def upscale(self, work: UpscaleWork) -> AsyncGenerator[Step | Done[Upscaled], None]:
         """See `Stages.upscale`."""
-        async with contextlib.aclosing(stream(partial(self._pictures.upscale, work))) as steps:
+        async with self._turn, contextlib.aclosing(stream(partial(self._pictures.upscale, work))) as steps:
             async for item in steps:
                 yield item
 
     async def decode(self, work: DecodeWork) -> AsyncGenerator[Step | Done[bytes], None]:
         """See `Stages.decode`."""
-        async with contextlib.aclosing(stream(partial(self._pictures.decode, work))) as steps:
+        async with self._turn, contextlib.aclosing(stream(partial(self._pictures.decode, work))) as steps:
             async for item in steps:
                 yield item
 
@@ -134,17 +152,17 @@ class ServeStages:
 
     async def rewrite(self, request: Rewriting, enabled: bool) -> Rewritten:
         """See `Stages`."""
-        prompt: Rewritten = await self._rewriter.rewrite.remote(request, enabled)
+        prompt: Rewritten = await _answered(self._rewriter.rewrite.remote(request, enabled))
         return prompt
 
     async def encode(self, texts: Sequence[str]) -> list[Vectors]:
         """See `Stages`."""
-        vectors: list[Vectors] = await self._text.encode.remote(list(texts))
+        vectors: list[Vectors] = await _answered(self._text.encode.remote(list(texts)))
         return vectors
 
     async def conditions(self, shape: VideoShape, frames: Mapping[int, np.ndarray]) -> Conditions:
         """See `Stages`."""
-        conditions: Conditions = await self._autoencoder.conditions.remote(shape, dict(frames))
+        conditions: Conditions = await _answered(self._autoencoder.conditions.remote(shape, dict(frames)))
         return conditions
 
     def base(self, work: BaseWork) -> AsyncGenerator[Step | Done[np.ndarray], None]:
@@ -177,7 +195,16 @@ class DispatcherDeployment:
     async def reconfigure(self, _: Any) -> None:
         """Called by Serve once the replica is built, on the loop that stays."""
         if self._task is None:
-            self._task = asyncio.get_running_loop().create_task(self._dispatcher.run())
+            loop = asyncio.get_running_loop()
+            # Heartbeats must not wait behind the writing of large files, and Serve's own pool is small.
+            loop.set_default_executor(ThreadPoolExecutor(32, thread_name_prefix="dispatcher"))
+            self._task = loop.create_task(self._dispatcher.run())
+
+    async def __del__(self) -> None:
+        """Called by Serve when the replica is to end: what is not done yet goes back to the queue."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
 
     async def check_health(self) -> None:
         """A dispatcher whose task has ended is replaced."""
@@ -187,9 +214,9 @@ class DispatcherDeployment:
 
 def retryable(error: BaseException) -> bool:
     """Whether a worker failed rather than the request: then the job is begun again."""
-    if isinstance(error, GroupBroken | RayActorError | WorkerCrashedError | ActorUnavailableError | TaskCancelledError):
-        return True
-    return isinstance(error, RayTaskError) and isinstance(error.cause, GroupBroken | RayActorError)
+    if isinstance(error, RayTaskError):
+        return isinstance(error.cause, GroupBroken | ReplicaBroken | RayError)
+    return isinstance(error, GroupBroken | ReplicaBroken | RayError | RayServeException)
 
 
 async def _called(method: Any, work: Any) -> AsyncGenerator[Any, None]:
@@ -199,14 +226,30 @@ async def _called(method: Any, work: Any) -> AsyncGenerator[Any, None]:
         async for item in response:
             ended = isinstance(item, Done)
             yield item
+    except RayTaskError as error:
+        ended = True
+        raise _told(error) from None
     finally:
         if not ended:
             response.cancel()
 
 
-def options_of(options: Deployment, *, name: str, ongoing: int) -> dict[str, Any]:
-    """Arguments of `Deployment.options` in Ray Serve."""
-    answer: dict[str, Any] = {"name": name, "max_ongoing_requests": ongoing, "graceful_shutdown_timeout_s": 5.0}
+async def _answered(call: Any) -> Any:
+    """The answer of a call of a deployment."""
+    try:
+        return await call
+    except RayTaskError as error:
+        raise _told(error) from None
+
+
+def _told(error: RayTaskError) -> Exception:
+    """What a replica raised, where it is meant for the user: Ray's own text holds tracebacks, addresses and paths."""
+    return error.cause if isinstance(error.cause, UserError) else error
+
+
+def options_of(options: Deployment, *, name: str, ongoing: int, drain_s: float = 5.0) -> dict[str, Any]:
+    """Arguments of `Deployment.options` in Ray Serve. A replica that is to go has `drain_s` for what it computes."""
+    answer: dict[str, Any] = {"name": name, "max_ongoing_requests": ongoing, "graceful_shutdown_timeout_s": drain_s}
     if name == "dispatcher":
         answer["user_config"] = {}  # without one, Serve does not call `reconfigure`
     if options.max_replicas is None:
@@ -218,6 +261,7 @@ def options_of(options: Deployment, *, name: str, ongoing: int) -> dict[str, Any
         own, rank = {"CPU": 0.1}, {"CPU": options.cpus, **({"GPU": options.gpus} if options.gpus else {})}
         answer["placement_group_bundles"] = [own, *([rank] * options.ranks)]
         answer["placement_group_strategy"] = "PACK"
+        answer["health_check_timeout_s"] = options.build_timeout_s + 60  # a health check may build the group
         answer["ray_actor_options"] = {"num_cpus": 0.1, "num_gpus": 0}
     else:
         answer["ray_actor_options"] = {"num_cpus": options.cpus, "num_gpus": options.gpus}

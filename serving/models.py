@@ -33,6 +33,7 @@ from waver_core.tiling import decode_frames, encode_frames
 from waver_core.video import Mp4Writer, write_png
 from waver_core.weights import load_into
 
+_MAX_KEPT = 64
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -66,7 +67,8 @@ class Denoiser:
     def __init__(
         self, checkpoint: Checkpoint, cascade: Cascade, sequence: SequenceGroup | None = None, branches: Branches | None = None
     ) -> None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._cuda = torch.cuda.is_available()
+        device = "cuda" if self._cuda else "cpu"
         with torch.device("meta"):
             self._dit = WaverDiT(checkpoint.model)
         load_into(self._dit, checkpoint.folder, dtype=_DTYPES[cascade.dtype], device=device)
@@ -117,6 +119,8 @@ class Denoiser:
 
     def _counted(self, on_step: OnStep) -> OnStep:
         def step(done: int, steps: int, *_: object) -> bool:
+            if self._cuda:
+                torch.cuda.synchronize()  # kernels are only queued so far: a step is done when they are
             self.steps_done += done > 0
             return on_step(done, steps)
 
@@ -131,6 +135,7 @@ class Pictures:
         self._autoencoder: VideoAutoencoder = create("video_autoencoder", names["backend"], **names.get("options", {}))
         self._tiles: Tiles = cascade.tiles
         self._crf = cascade.crf
+        self._kept_black: dict[tuple[int, int], np.ndarray] = {}
 
     def conditions(self, shape: VideoShape, frames: Mapping[int, np.ndarray]) -> Conditions:
         """See `Stages.conditions`."""
@@ -143,11 +148,13 @@ class Pictures:
         with _Film(plan, work.metadata, self._crf) as film:
 
             def enlarged() -> Iterator[np.ndarray]:
-                for run in self._decoded(work.latents, plan.frames, on_step):
+                # Decoding is the first half of the steps; encoding goes along, or follows where the clip is one part.
+                for run in self._decoded(work.latents, plan.frames, lambda done, n: on_step(done, 2 * n)):
                     film.add(run)
                     yield _enlarged(run, plan.height_px, plan.width_px)
 
             latents = self._encoded(enlarged())
+            on_step(2 * plan.frames, 2 * plan.frames)
             return Upscaled(latents, self._black(plan.height_px, plan.width_px), film.data())
 
     def decode(self, work: DecodeWork, on_step: OnStep) -> bytes:
@@ -170,8 +177,17 @@ class Pictures:
     def _encoded(self, runs: Iterator[np.ndarray] | Sequence[np.ndarray]) -> np.ndarray:
         return encode_frames(self._autoencoder, runs, **self._tiles.model_dump())
 
+    def black(self, height_px: int, width_px: int) -> np.ndarray | None:
+        """Latents of a black image of a size that was asked for before."""
+        return self._kept_black.get((height_px, width_px))
+
     def _black(self, height_px: int, width_px: int) -> np.ndarray:
-        return self._encoded([np.zeros((1, height_px, width_px, 3), np.uint8)])
+        size = height_px, width_px
+        if size not in self._kept_black:
+            if len(self._kept_black) >= _MAX_KEPT:
+                self._kept_black.clear()
+            self._kept_black[size] = self._encoded([np.zeros((1, *size, 3), np.uint8)])
+        return self._kept_black[size]
 
 
 class _Film:

@@ -13,7 +13,7 @@ from serving.generate_request import GenerateRequest
 from serving.settings import Settings
 from waver_core.dit import DiTConfig
 from waver_core.errors import ConfigError, UserError, did_you_mean
-from waver_core.shapes import PATCH, SPATIAL_STRIDE, VideoShape, whole_frames
+from waver_core.shapes import PATCH, SPATIAL_STRIDE, TEMPORAL_STRIDE, VideoShape, whole_frames
 from waver_core.weights import read_record
 
 DEFAULT_SECONDS = 5.0
@@ -46,12 +46,15 @@ class Facts:
     kinds: tuple[str, ...]
     default_size: str
     sizes: tuple[str, ...]
-    """Sizes the models were trained on; others of at most `max_pixels` work, too."""
+    """Sizes of videos that the models were trained on; others of at most `max_pixels` work, too."""
+    image_sizes: tuple[str, ...]
     size_multiple_px: int
     max_pixels: int
-    """Of one frame of a refined result."""
+    """Of one frame of a refined video."""
     max_base_pixels: int
-    """Of one frame without the refiner."""
+    """Of one frame of a video without the refiner."""
+    max_image_pixels: int
+    max_base_image_pixels: int
     max_side_px: int
     fps: float | None
     default_seconds: float
@@ -137,37 +140,67 @@ def checkpoints(settings: Settings) -> tuple[Checkpoint, Checkpoint | None]:
     refiner = checkpoint(cascade.refiner)
     if refiner.recipe["task"] != "refine":
         raise ConfigError(f"serving.cascade.refiner: {cascade.refiner} holds {refiner.stage}, which is no refiner")
+    multiples = base.recipe["data"]["text_multiple"], refiner.recipe["data"]["text_multiple"]
+    if multiples[0] != multiples[1]:
+        raise ConfigError(f"base and refiner were trained with texts of multiples of {multiples[0]} and {multiples[1]} tokens")
     for part in ("autoencoder", "text"):
         if base.recipe["encoders"][part] != refiner.recipe["encoders"][part]:
             raise ConfigError(f"base and refiner were trained with different encoders ({part}): serve two of one family")
     return base, refiner
 
 
+def check_ranks(settings: Settings, base: Checkpoint, refiner: Checkpoint | None) -> None:
+    """Raises `ConfigError` where a group of ranks cannot share out a model."""
+    for name, part in settings.deployments:
+        if part.ranks > 1 and name not in ("base", "refiner"):
+            raise ConfigError(
+                f"serving.deployments.{name}.ranks is {part.ranks}: only base and refiner are computed by several ranks"
+            )
+        if part.cfg_parallel and name != "base":
+            raise ConfigError(f"serving.deployments.{name}.cfg_parallel: only the base model has a negative prompt")
+        model = {"base": base, "refiner": refiner}.get(name)
+        together = part.ranks // 2 if part.cfg_parallel else part.ranks
+        if model is not None and model.model.heads % together:
+            heads = model.model.heads
+            raise ConfigError(
+                f"serving.deployments.{name}: {heads} heads are not to be shared by {together} ranks: take a divisor"
+            )
+
+
 def facts(settings: Settings) -> Facts:
     """What the checkpoints of these settings can make; raises `ConfigError` or `UserError` where one cannot be served."""
     base, refiner = checkpoints(settings)
-    cascade, recipe = settings.cascade, base.recipe
-    own = [(h, w) for h, w in [*recipe["video_sizes"], *recipe["image_sizes"]]]
-    refined = [(h, w) for h, w in [*refiner.recipe["video_sizes"], *refiner.recipe["image_sizes"]]] if refiner else own
+    cascade, recipe, last = settings.cascade, base.recipe, refiner or base
+    video, image = _trained(last, "video"), _trained(last, "image")
+    most_s = cascade.max_seconds
+    if recipe["fps"]:
+        possible_s = (1 + TEMPORAL_STRIDE * (base.model.max_grid[0] - 1)) / recipe["fps"]
+        if possible_s < cascade.min_seconds:
+            told = f"{base.label} makes at most {possible_s:g} s of video"
+            raise ConfigError(f"serving.cascade.min_seconds is {cascade.min_seconds:g}, but {told}: set it lower")
+        most_s = min(most_s, possible_s)
     grid = min(base.model.max_grid[1:]) * PATCH * SPATIAL_STRIDE
     largest = int(grid * cascade.upscale) if refiner else grid
     if refiner:
         largest = min(largest, min(refiner.model.max_grid[1:]) * PATCH * SPATIAL_STRIDE)
-    seconds = [s for s in recipe["data"]["seconds"] if cascade.min_seconds <= s <= cascade.max_seconds]
+    seconds = [s for s in recipe["data"]["seconds"] if cascade.min_seconds <= s <= most_s]
     return Facts(
         base=base.label,
         refiner=refiner.label if refiner else None,
         kinds=("video", "image") if recipe["fps"] else ("image",),
-        default_size="{1}x{0}".format(*refined[0]),
-        sizes=tuple(dict.fromkeys(f"{w}x{h}" for h, w in refined)),
+        default_size=_words(video[0]),
+        sizes=tuple(map(_words, video)),
+        image_sizes=tuple(map(_words, image)),
         size_multiple_px=SPATIAL_STRIDE,
-        max_pixels=_largest(refined),
-        max_base_pixels=_largest(own),
+        max_pixels=_largest(video),
+        max_base_pixels=_largest(_trained(base, "video")),
+        max_image_pixels=_largest(image),
+        max_base_image_pixels=_largest(_trained(base, "image")),
         max_side_px=largest,
         fps=recipe["fps"],
         default_seconds=DEFAULT_SECONDS if DEFAULT_SECONDS in seconds else max(seconds, default=cascade.min_seconds),
         min_seconds=cascade.min_seconds,
-        max_seconds=cascade.max_seconds,
+        max_seconds=round(most_s, 3),
         steps=cascade.steps or recipe["sampling"]["steps"],
         max_steps=cascade.max_steps,
         guidance_scale=cascade.guidance_scale or recipe["sampling"]["guidance_scale"],
@@ -198,7 +231,7 @@ def plan(request: GenerateRequest, facts: Facts, settings: Settings, seed: int) 
         raise UserError("this server's model was trained without style words: leave `style` out")
     if request.style is not None and request.style not in styles:
         raise UserError(f"no style '{request.style}': {did_you_mean(request.style, styles)}")
-    width_px, height_px, base_width_px, base_height_px = _sizes(request, facts, settings, refine, base)
+    width_px, height_px, base_width_px, base_height_px = _sizes(request, facts, settings, refiner if refine and refiner else base)
     frames = _frames(request, facts, base)
     weight = cascade.noise_weight
     if weight is None and refiner is not None:
@@ -237,29 +270,33 @@ def _styles(settings: Settings, base: Checkpoint) -> dict[str, str]:
     return settings.styles if "training_caption" in base.recipe["data"]["captions"] else {}
 
 
+def _trained(checkpoint: Checkpoint, kind: str) -> list[tuple[int, int]]:
+    """Height and width of what a model was trained on; of the other kind where it saw none of this one."""
+    sizes = checkpoint.recipe[f"{kind}_sizes"] or checkpoint.recipe["video_sizes"] or checkpoint.recipe["image_sizes"]
+    return list(dict.fromkeys((h, w) for h, w in sizes))
+
+
+def _words(size: tuple[int, int]) -> str:
+    return f"{size[1]}x{size[0]}"
+
+
 def _largest(sizes: list[tuple[int, int]]) -> int:
     return int(max(h * w for h, w in sizes) * _AREA_SLACK)
 
 
-def _sizes(
-    request: GenerateRequest, facts: Facts, settings: Settings, refine: bool, base: Checkpoint
-) -> tuple[int, int, int, int]:
-    """Width and height of the result, and of what the base model makes for it."""
-    if request.size is None:
-        if refine:
-            width_px, height_px = (int(n) for n in facts.default_size.split("x"))
-        else:
-            height_px, width_px = (base.recipe["video_sizes"] or base.recipe["image_sizes"])[0]
-    else:
-        width_px, height_px = (int(n) for n in request.size.split("x"))
+def _sizes(request: GenerateRequest, facts: Facts, settings: Settings, last: Checkpoint) -> tuple[int, int, int, int]:
+    """Width and height of the result, which `last` makes, and of what the base model makes for it."""
+    usual, refine, image = _words(_trained(last, "video")[0]), last.recipe["task"] == "refine", request.kind == "image"
+    width_px, height_px = (int(n) for n in (request.size or usual).split("x"))
     multiple, least = facts.size_multiple_px, SPATIAL_STRIDE * PATCH
     if width_px % multiple or height_px % multiple or min(width_px, height_px) < least:
         near = "x".join(str(max(least, round(n / multiple) * multiple)) for n in (width_px, height_px))
         raise UserError(f"size {width_px}x{height_px} is not one of multiples of {multiple} px: take {near}")
-    most = facts.max_pixels if refine else facts.max_base_pixels
+    with_refiner = facts.max_image_pixels if image else facts.max_pixels
+    most = with_refiner if refine else facts.max_base_image_pixels if image else facts.max_base_pixels
     if width_px * height_px > most:
         raise UserError(
-            f"size {width_px}x{height_px} has more than {most} pixels: take {facts.default_size} or another of that area"
+            f"size {width_px}x{height_px} has more than {most} pixels: take {usual} or another of that area"
         )
     if not refine:
         return width_px, height_px, width_px, height_px

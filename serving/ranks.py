@@ -20,12 +20,15 @@ from typing import Any, Literal
 import ray
 import torch
 import torch.distributed as dist
+from ray.exceptions import RayTaskError
 
 from serving.cascade import BaseWork, RefineWork
 from serving.models import Denoiser
 from serving.plan import Checkpoint
 from serving.settings import Cascade, Deployment
 from serving.streaming import Done, OnStep, Step, stream
+from waver_core.errors import UserError
+from waver_core.flow.sampler import Stop
 from waver_core.sequence_parallel import PromptBranches, Ulysses
 
 log = logging.getLogger("waver.ranks")
@@ -70,12 +73,14 @@ class Rank:
 
     async def run(self, kind: Kind, work: BaseWork | RefineWork) -> AsyncGenerator[Step | Done[Any], None]:
         """Steps and, last, the latents; of all ranks but the first only that they are done."""
-        self._stop = False
-        async for item in stream(partial(self._compute, kind, work)):
-            if self._rank == 0:
-                yield item
-            elif isinstance(item, Done):
-                yield Done(None)
+        try:
+            async for item in stream(partial(self._compute, kind, work)):
+                if self._rank == 0:
+                    yield item
+                elif isinstance(item, Done):
+                    yield Done(None)
+        finally:
+            self._stop = False  # here, not at the start: a `stop` may overtake the `run` that it is for
 
     async def stop(self) -> None:
         """End the loop before its next step; to be told to the first rank."""
@@ -107,13 +112,17 @@ class RankGroup:
         self.built = 0
         """Times that the group was built."""
         self._ranks: list[Any] = []
-        self._turn = asyncio.Lock()
+        self._turn, self._building = asyncio.Lock(), asyncio.Lock()
 
     async def run(self, kind: Kind, work: BaseWork | RefineWork) -> AsyncGenerator[Step | Done[Any], None]:
         """As `Rank.run` of the first rank, one sample at a time. Raises `GroupBroken`; closing it ends the loop on every rank."""
         async with self._turn:
-            await self.ready()
-            outputs = [rank.run.options(num_returns="streaming").remote(kind, work) for rank in self._ranks]
+            try:
+                await self.ready()
+            except Exception as error:
+                raise GroupBroken(f"a group could not be built: {_one_line(error)}") from error
+            shared = ray.put(work)  # once, not once for each rank
+            outputs = [rank.run.options(num_returns="streaming").remote(kind, shared) for rank in self._ranks]
             others = [asyncio.ensure_future(_drained(output)) for output in outputs[1:]]
             ended = False
             try:
@@ -127,7 +136,9 @@ class RankGroup:
             except BaseException as error:
                 ended = True
                 self.poison()
-                raise GroupBroken(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
+                if isinstance(error, RayTaskError) and isinstance(error.cause, UserError):
+                    raise error.cause from None
+                raise GroupBroken(_one_line(error)) from error
             finally:
                 if not ended:
                     await _despite_cancellation(self._stopped(outputs, others))
@@ -140,9 +151,10 @@ class RankGroup:
         return self._turn.locked()
 
     async def ready(self) -> None:
-        """Build the group where it is not there."""
-        if not self._ranks:
-            self._ranks = await self._build()
+        """Build the group where it is not there; of two callers one builds and the other waits for it."""
+        async with self._building:
+            if not self._ranks:
+                self._ranks = await asyncio.wait_for(self._build(), self.options.build_timeout_s)
 
     def poison(self) -> None:
         """End all ranks; the next run builds new ones."""
@@ -195,7 +207,10 @@ class RankGroup:
         try:
             await self._ranks[0].stop.remote()
             ends = asyncio.gather(_drained(outputs[0]), *others, return_exceptions=True)
-            await asyncio.wait_for(ends, min(_CLOSING_S + self.options.step_timeout_s, 2 * self.options.step_timeout_s))
+            told = await asyncio.wait_for(ends, min(_CLOSING_S + self.options.step_timeout_s, 2 * self.options.step_timeout_s))
+            for error in told:
+                if error is not None and not isinstance(getattr(error, "cause", error), Stop):
+                    raise error
         except BaseException as error:
             log.warning("a group did not stop when asked to (%s) and is built anew", type(error).__name__)
             self.poison()
@@ -211,6 +226,10 @@ async def _next(items: Any) -> Any:
 async def _drained(output: Any) -> None:
     async for item in output:
         await item
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 async def _despite_cancellation(work: Coroutine[Any, Any, None]) -> None:

@@ -49,23 +49,30 @@ def main(
     names = ",".join(profile or ["embedded"])
     settings = settings_of(Arguments(config=config, profile=names, set=overrides or [], base=base, refiner=refiner))
     known = facts(settings)  # what is wrong with a checkpoint is said before Ray starts
-    stop = threading.Event()
+    stop, starting = threading.Event(), True
     console = new_console()
     console.print(f"Starting Ray Serve with {known.base}" + (f" and {known.refiner}" if known.refiner else ""))
     ray.init(**init_options())
     try:
         for number in (signal.SIGINT, signal.SIGTERM):  # after Ray, which takes them for itself
-            signal.signal(number, lambda *_: stop.set())
+            signal.signal(number, lambda *_: _interrupt() if starting else stop.set())
         quiet = {"log_level": "WARNING", "enable_access_log": False}
         serve.start(http_options={"host": host, "port": port}, logging_config=quiet)
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.run(application(settings), name=APP, route_prefix="/")
         console.print(f"Ready: http://{host}:{port}/  (jobs and files in {settings.storage.folder}; Ctrl-C ends it)")
+        starting = False
         stop.wait()
         console.print("Stopping")
+    except KeyboardInterrupt:
+        console.print("Stopping before everything was ready")
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -56,6 +56,12 @@ class Cascade(Strict):
     crf: int = Field(18, ge=0, le=51)
     """Quality of the H.264 file; smaller is better."""
 
+    @model_validator(mode="after")
+    def _lengths(self) -> Cascade:
+        if self.min_seconds > self.max_seconds:
+            raise ValueError(f"min_seconds {self.min_seconds:g} is above max_seconds {self.max_seconds:g}")
+        return self
+
 
 class Rewriting(Strict):
     """Prompt rewriting (Waver §4.6)."""
@@ -74,7 +80,7 @@ class Storage(Strict):
     database: str | None = None
     """SQLAlchemy URL, for example postgresql+psycopg://user@host/waver; None: SQLite in `folder`."""
     folder: str = "out/serving"
-    """Inputs, previews and results, one folder a job. With several nodes: a shared file system."""
+    """Inputs, previews and results, one folder a job, on a local or mounted file system that all nodes share."""
     keep_hours: float = Field(24.0, gt=0)
     """Results are deleted after this; their jobs become `expired`."""
     forget_days: float = Field(30.0, gt=0)
@@ -93,7 +99,7 @@ class Queue(Strict):
     max_wait_s: float = Field(3600.0, gt=0)
     """A job that waited longer fails with `queue_timeout`."""
     max_run_s: float = Field(3600.0, gt=0)
-    """A job that has run longer fails with `timeout`."""
+    """A job that has been computed for longer fails with `timeout`; waiting for a free replica does not count."""
     lease_s: float = Field(5.0, gt=0)
     """A job whose dispatcher has been silent for so long goes back to the queue."""
     poll_s: float = Field(0.05, gt=0)
@@ -133,6 +139,8 @@ class Deployment(Strict):
     """Half of the ranks compute the prompt, half the negative prompt; base only."""
     step_timeout_s: float = Field(600.0, gt=0)
     """A group of ranks that makes no step for so long is taken down and built anew."""
+    build_timeout_s: float = Field(1800.0, gt=0)
+    """A group of ranks that is not there after this, weights loaded, is given up and its replica replaced."""
     threads: int | None = Field(None, ge=1)
     """Threads of torch in each process; None takes what `cpus` says, at least one."""
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, Literal
 
 from sqlalchemy import Connection, and_, case, func, insert, literal, or_, select, union_all, update
@@ -18,7 +19,7 @@ from sqlalchemy import Connection, and_, case, func, insert, literal, or_, selec
 from serving.histograms import Measures
 from serving.jobs import STATES, IdempotencyConflict, Job, QueueFull, State
 from serving.store_events import Events
-from serving.tables import FINISHED, JOBS, MADE, QUEUE_ORDER, QUEUED, RUNNING, new_row, to_job
+from serving.tables import FINISHED, JOBS, MADE, META, QUEUE_ORDER, QUEUED, RUNNING, new_row, to_job
 from serving.transitions import AGAIN, change, end, locked, locked_attempt, readable, well_formed
 from serving.upkeep import Upkeep
 from waver_core.errors import UserError
@@ -118,6 +119,12 @@ class JobStore(Upkeep, Events, Measures):
         with self.read() as connection:
             rows = connection.execute(query).all()
         return dict.fromkeys(STATES, 0) | {row.state: row.n for row in rows}
+
+    @cached_property
+    def identity(self) -> str:
+        """Drawn when the tables were made: tells one database from another."""
+        with self.read() as connection:
+            return str(connection.scalar(select(META.c.value).where(META.c.name == "identity")))
 
     def ping(self) -> None:
         """Ask the database for nothing; raises its error where it does not answer."""

@@ -74,6 +74,7 @@ export function applyFacts(told, limits) {
   const titled = (name) => name[0].toUpperCase() + name.slice(1).replaceAll("_", " ");
   field("style").replaceChildren(option("", "As prompted"), ...(told.styles ?? []).map((name) => option(name, titled(name))));
   field("style").value = kept;
+  field("style").closest("div").hidden = !told.styles?.length; // a model of untagged captions knows none
   const bound = (name, least, most, usual) => {
     const input = field(name);
     if (least !== undefined) input.min = least;

@@ -16,6 +16,7 @@ from typing import Any
 
 import httpx2
 import psutil
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG = {"prompt": "a blue disc moves up over a white background", "steps": 100, "seconds": 10.0, "seed": 1}
@@ -37,19 +38,27 @@ class Server:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": "0" * 64,
             "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
         }
         sets = [f"serving.storage.folder={jobs}", "serving.queue.lease_s=2", *overrides]
         self._command = [sys.executable, str(ROOT / "serving/run.py"), "--profile", "embedded", "--profile", "tiny"]
         self._command += ["--base", str(exports / "base"), "--refiner", str(exports / "refiner"), "--port", str(self.port)]
         self._command += [part for value in sets for part in ("--set", value)]
+        arguments = {"profile": "embedded,tiny", "base": str(exports / "base"), "refiner": str(exports / "refiner"), "set": sets}
+        app = {"name": "videos", "route_prefix": "/", "import_path": "serving.app:build", "args": arguments}
+        deployed = {"http_options": {"host": "127.0.0.1", "port": self.port}, "applications": [app]}
+        self._file = Path(self._temporary) / "serve.yaml"
+        self._file.write_text(yaml.safe_dump(deployed))
         self.client = httpx2.Client(base_url=self.url, timeout=60)
         self.log = Path(self._temporary) / "server.log"
 
-    def start(self) -> None:
-        """Returns when every deployment is ready."""
+    def start(self, serve_run: bool = False) -> None:
+        """Returns when every deployment is ready. With `serve_run` Serve's own command line starts the app, from a file."""
+        serve = [str(Path(sys.executable).with_name("serve")), "run", str(self._file)]
+        command = serve if serve_run else self._command
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                self._command, env=self.environment, stdout=log, stderr=log, start_new_session=True, cwd=self._temporary
+                command, env=self.environment, stdout=log, stderr=log, start_new_session=True, cwd=self._temporary
             )
         give_up = time.monotonic() + 150
         while time.monotonic() < give_up:

@@ -120,6 +120,11 @@ class House:
         return self.settings.model_copy(update={"queue": self.settings.queue.model_copy(update=changes)})
 
 
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.dispatcher._RETRY_AFTER_S", 0.01)
+
+
 @pytest.fixture
 def house(tmp_path: Path) -> House:
     return House(write_settings(tmp_path, "serving.queue.lease_s=0.4", "serving.queue.poll_s=0.01"))
@@ -274,7 +279,8 @@ def test_a_store_that_is_away_for_a_moment_does_not_end_the_dispatcher(house: Ho
 
 
 def test_a_job_whose_end_could_not_be_written_is_begun_again(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    job_id, complete, failures = house.submit(), house.store.complete, [OSError("disk full")]
+    monkeypatch.setattr("serving.dispatcher._PAUSES_S", (0.01,))
+    job_id, complete, failures = house.submit(), house.store.complete, [OSError("disk full")] * 2
 
     def flaky(*args: Any, **values: Any) -> bool:
         if failures:

@@ -6,13 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from serving.arguments import Arguments, settings_of
 from serving.generate_request import GenerateRequest
-from serving.plan import facts, plan
+from serving.plan import check_ranks, checkpoints, facts, plan
 from serving.settings import Settings, load_settings
 from tests.serving.exports import write_export, write_settings
+from training.export import Facts, record_of
+from training.recipe import load_recipe
+from training.trainee import model_config
 from waver_core.config import load_config
 from waver_core.errors import ConfigError, UserError
 from waver_core.shapes import VideoShape
@@ -126,3 +131,43 @@ def test_a_model_of_images_makes_no_video(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="set kind to image"):
         planned(settings)
     assert planned(settings, kind="image").frames == 1
+
+
+def fake_export(folder: Path, stage: str) -> str:
+    """`recipe.yaml` of a stage at the report's size: planning reads no weights."""
+    recipe = load_recipe(load_config(profiles=["full"]), stage)
+    facts_ = Facts(model_config(recipe, (4096, 5120)).to_dict(), {"autoencoder": "", "text": [], "features": None})
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({**record_of(recipe, facts_), "digest": "0" * 32}))
+    return str(folder)
+
+
+def test_the_reports_cascade(tmp_path: Path) -> None:
+    base, refiner = fake_export(tmp_path / "sft", "sft"), fake_export(tmp_path / "refine", "refine_sft_1080p")
+    settings = settings_of(Arguments(profile="full", base=base, refiner=refiner))
+    known = facts(settings)
+    assert known.sizes == ("1920x1080", "1080x1920") and known.default_seconds == 5.0 and known.max_seconds == 10.0
+    made = planned(settings, seconds=10.0)
+    assert (made.base_width_px, made.base_height_px, made.width_px, made.height_px) == (1280, 720, 1920, 1080)
+    assert (made.frames, made.fps, made.steps, made.refiner_steps, made.shift) == (237, 24, 40, 20, 7.0)
+    assert (made.guidance_scale, made.norm_threshold) == (8, 27) and round(made.noise_weight, 6) == 0.9
+    assert planned(settings, size="1280x720", refine=False).base_width_px == 1280
+    assert planned(settings, kind="image", size="1920x1080", refine=False).frames == 1  # trained on larger images than videos
+    with pytest.raises(UserError, match="take 1280x720"):
+        planned(settings, size="1920x1080", refine=False)
+
+
+@pytest.mark.parametrize(
+    ("part", "told"),
+    [
+        ("base={ranks: 3}", "24 heads|4 heads"),
+        ("text={ranks: 2}", "only base and refiner"),
+        ("refiner={ranks: 2, cfg_parallel: true}", "no negative|negative prompt"),
+        ("base={ranks: 3, cfg_parallel: true}", "halved"),
+    ],
+)
+def test_groups_that_cannot_share_a_model_are_refused(settings: Settings, part: str, told: str) -> None:
+    cascade = settings.cascade
+    with pytest.raises(ConfigError, match=told):
+        other = settings_of(Arguments(profile="embedded,tiny", set=[f"serving.deployments.{part}"], base=cascade.base))
+        check_ranks(other, *checkpoints(settings))

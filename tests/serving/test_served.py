@@ -18,6 +18,7 @@ import openai
 import pytest
 from PIL import Image
 
+from serving.store import JobStore
 from tests.serving.exports import write_export
 from tests.serving.served import LONG, Counters, Server
 
@@ -227,6 +228,24 @@ def test_a_killed_server_goes_on_where_it_was(exports: Path, tmp_path: Path, ser
             assert other.until(job_id, states=("completed", "failed"))["state"] == "completed"
         assert other.job(running)["attempt"] == 2 and other.job(waiting)["attempt"] == 1
         assert len(other.client.get("/jobs", params={"limit": 100}).json()["data"]) == 3
+    finally:
+        other.stop()
+
+
+def test_a_stopped_server_gives_its_jobs_back_and_the_command_line_of_serve_starts_it(exports: Path, tmp_path: Path) -> None:
+    """SIGTERM in mid-job; then `serve run` with a file on the same folder, under another name."""
+    other = Server(exports, tmp_path / "jobs", "serving.queue.lease_s=600")
+    other.start()
+    try:
+        job_id = other.post(**LONG).json()["id"]
+        other.until(job_id, stage="base", step=3)
+        other.process.terminate()
+        assert other.process.wait(60) == 0
+        other.kill()
+        assert JobStore(f"sqlite:///{tmp_path}/jobs/jobs.sqlite").counts()["queued"] == 1
+        other.start(serve_run=True)
+        job = other.until(job_id, states=("completed", "failed"))
+        assert job["state"] == "completed" and job["attempt"] == 2
     finally:
         other.stop()
 
