@@ -13,14 +13,18 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.api import errors, events, generate, health, jobs, metrics, openai_videos, pages
+from serving.api.body import Held
 from serving.api.keys import Gate, read_keys
 from serving.api.metrics import HttpMetrics
 from serving.api.service import Service
 from serving.api.views import NULL
+from serving.api.watching import Watch
 from waver_core import __version__
 
 SUBMITTING = 4
 """Requests of one replica that are checked at once; each may hold a decoded picture of `max_image_px`."""
+BODIES = 8
+"""Bodies of the largest size, or more of smaller ones, that one replica holds at once."""
 _CLOSED_REQUEST = 499
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -39,8 +43,8 @@ _DESCRIPTION = (
 class Outermost:
     """Around all routes: security headers, one count for each answer, and no exception that leaves without an answer."""
 
-    def __init__(self, app: ASGIApp, counts: HttpMetrics) -> None:
-        self._app, self._counts = app, counts
+    def __init__(self, app: ASGIApp, counts: HttpMetrics, held: Held) -> None:
+        self._app, self._counts, self._held = app, counts, held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -70,6 +74,7 @@ class Outermost:
                 raise
             await answer(scope, receive, send_with_headers)
         finally:
+            self._held.release(scope)
             self._counts.observe(scope, status or 500, began_s)
 
 
@@ -89,7 +94,9 @@ def create_app(service: Service) -> FastAPI:
     app.state.gate = Gate(None if key_file is None else read_keys(key_file))
     app.state.metrics = HttpMetrics(service)
     app.state.submitting = anyio.CapacityLimiter(SUBMITTING)
-    app.add_middleware(Outermost, counts=app.state.metrics)
+    app.state.held = Held(int(BODIES * service.settings.http.max_body_mb * 1e6))
+    app.state.watch = Watch(service)
+    app.add_middleware(Outermost, counts=app.state.metrics, held=app.state.held)
     errors.install(app)
     for part in (generate, jobs, events, openai_videos, health, metrics):
         app.include_router(part.router)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping
+import re
+import time
+from collections.abc import Collection, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NoReturn
@@ -20,6 +22,31 @@ MAX_PARTS = 40
 MAX_NAME_BYTES = 100
 IDLE_S = 30.0
 """A body of which nothing comes for so long is given up."""
+WHOLE_S = 600.0
+"""A body that has not come whole after this is given up: drop by drop, it would hold its memory for days."""
+MAX_BETWEEN_BYTES = 65_536
+"""Bytes of JSON outside of texts. A request has some hundred; 32 MB of brackets would make a gigabyte of lists."""
+_JSON_TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+_HELD = "waver.held_bytes"
+
+
+class Held:
+    """Bytes of bodies in memory, of all requests of a replica at once."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes, self.n_bytes = max_bytes, 0
+
+    def take(self, scope: MutableMapping[str, Any], n_bytes: int) -> None:
+        """So many more for this request; raises `ApiError` 503 where they are too many."""
+        if self.n_bytes + n_bytes > self._max_bytes:
+            message = "The server holds as many bodies as it can at once: send it again in a moment."
+            raise ApiError(503, "busy", message, headers={"Retry-After": "2", "Connection": "close"})
+        self.n_bytes += n_bytes
+        scope[_HELD] = scope.get(_HELD, 0) + n_bytes
+
+    def release(self, scope: MutableMapping[str, Any]) -> None:
+        """All that this request had; asked twice, nothing."""
+        self.n_bytes -= scope.pop(_HELD, 0)
 
 
 @dataclass
@@ -33,7 +60,7 @@ class Fields:
 
 
 async def read_fields(request: Request, max_bytes: int) -> Fields:
-    """The fields of a JSON object or of multipart/form-data. Raises `ApiError` 408, 413, 415, 422."""
+    """The fields of a JSON object or of multipart/form-data. Raises `ApiError` 408, 413, 415, 422, 503."""
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     if request.headers.get("content-encoding", "identity").lower() != "identity":
         raise ApiError(415, "unsupported_encoding", "Compressed bodies are not taken: send it without Content-Encoding.")
@@ -50,7 +77,12 @@ async def read_fields(request: Request, max_bytes: int) -> Fields:
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The whole body; an `ApiError` 413 as soon as it is known to be too large, 408 when it stops coming."""
+    """The whole body; an `ApiError` 413 as soon as it is known to be too large, 408 when it stops coming.
+
+    Its bytes count as held until `Held.release`, which whoever drops them early calls; the end of the request does so, too.
+    """
+    held: Held = request.app.state.held
+    until = time.monotonic() + WHOLE_S
     too_large = ApiError(
         413,
         "body_too_large",
@@ -64,20 +96,22 @@ async def read_body(request: Request, max_bytes: int) -> bytes:
     stream = request.stream().__aiter__()
     while True:
         try:
-            with anyio.fail_after(IDLE_S):
+            with anyio.fail_after(max(0.0, min(IDLE_S, until - time.monotonic()))):
                 chunk = await anext(stream)
         except StopAsyncIteration:
             return bytes(data)
         except TimeoutError:
-            message = f"Nothing of the body came for {IDLE_S:.0f} s: send it again."
+            message = f"The body stopped coming for {IDLE_S:.0f} s, or took more than {WHOLE_S:.0f} s: send it again."
             raise ApiError(408, "request_timeout", message, headers={"Connection": "close"}) from None
-        data += chunk
-        if len(data) > max_bytes:
+        if len(data) + len(chunk) > max_bytes:
             raise too_large
+        held.take(request.scope, len(chunk))
+        data += chunk
 
 
 def parse_json(data: bytes) -> dict[str, Any]:
     """A JSON object in UTF-8. NaN, Infinity, a name that stands there twice, and bottomless nesting are 422."""
+    _require_small(data)
     try:
         value = json.loads(
             data.decode(), parse_constant=_no_constant, parse_float=_finite, parse_int=_short, object_pairs_hook=_without_twins
@@ -91,6 +125,19 @@ def parse_json(data: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ApiError(422, "invalid_json", 'The body must be one JSON object, for example {"prompt": "A red disc"}.')
     return value
+
+
+def _require_small(data: bytes) -> None:
+    """Raise 422 where there is more than a request can need beside its texts, before any of it is made into objects."""
+    at = between = 0
+    while (quote := data.find(b'"', at)) >= 0:
+        between += quote - at + 2
+        text = _JSON_TEXT.match(data, quote)
+        if text is None or between > MAX_BETWEEN_BYTES:
+            break
+        at = text.end()
+    if between + (len(data) - at if quote < 0 else 0) > MAX_BETWEEN_BYTES:
+        raise ApiError(422, "invalid_json", "The JSON holds more than one flat object of some fields: send no lists or nests.")
 
 
 def _no_constant(name: str) -> NoReturn:

@@ -27,6 +27,8 @@ _ALIEN = (
 )
 """Beginnings of other files; in a picture's own data they would be pure chance, in its notes they are no accident."""
 _MAX_PARTS = 20_000
+_MAX_SCANS = 64
+"""Of a progressive JPEG, which has about ten. Each is a walk of the decoder over the whole picture, and costs thirty bytes."""
 
 
 class BadPicture(Exception):
@@ -116,7 +118,7 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes, bytes]]:
 
 def _walk_jpeg(data: bytes) -> Container:
     """Markers from SOI to EOI; the entropy-coded data behind each SOS is skipped to the next marker."""
-    at, width, height = 2, 0, 0
+    at, width, height, scans = 2, 0, 0, 0
     notes: list[bytes] = []
     for _ in range(_MAX_PARTS):
         while data[at : at + 2] == b"\xff\xff":  # fill bytes
@@ -143,6 +145,9 @@ def _walk_jpeg(data: bytes) -> Container:
             height, width = int.from_bytes(data[at + 3 : at + 5]), int.from_bytes(data[at + 5 : at + 7])
         elif 0xE0 <= marker <= 0xEF or marker == 0xFE:
             notes.append(data[at + 2 : end])
+        scans += marker == 0xDA
+        if scans > _MAX_SCANS:
+            raise BadPicture(f"is a JPEG of more than {_MAX_SCANS} scans: save it anew")
         at = _after_scan(data, end) if marker == 0xDA else end
     raise BadPicture("is no well-formed JPEG: save it anew")
 

@@ -7,21 +7,20 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
-import anyio
 from fastapi import APIRouter
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from serving.api.access import CallerOf, JobId, ServiceOf, find_job, in_thread
-from serving.api.errors import GUARDED, documented
+from serving.api.errors import GUARDED, ApiError, documented
 from serving.api.service import Service
 from serving.api.views import EXAMPLE_JOB, job_view
+from serving.api.watching import Watch
 from serving.jobs import Job
 
 router = APIRouter(tags=["jobs"])
-POLL_S = 0.1
-PLACE_S = 1.0
-"""The place in the queue changes without the job; it is looked up this often."""
+LOOK_S = 1.0
+"""How often a stream looks whether its client is still there; changes come at once."""
 PING_S = 15.0
 _EXAMPLE = {"id": "7", "event": "job", "data": json.dumps(EXAMPLE_JOB)}
 _SCHEMA = {
@@ -43,7 +42,7 @@ _SCHEMA = {
             "content": {"text/event-stream": {"schema": _SCHEMA, "example": _EXAMPLE}},
         },
         204: {"description": "Last-Event-ID is the job's last event: nothing will follow.", "model": None},
-        **documented(*GUARDED, 404, 422),
+        **documented(*GUARDED, 404, 413, 422),
     },
     openapi_extra={
         "parameters": [
@@ -60,10 +59,15 @@ _SCHEMA = {
 )
 async def events(request: Request, job_id: JobId, caller: CallerOf, service: ServiceOf) -> Response:
     """Server-sent events; a comment every 15 s keeps the connection open."""
+    if "transfer-encoding" in request.headers or request.headers.get("content-length", "0") != "0":
+        # Nobody would read it as long as events are sent, and it would gather in Serve's proxy.
+        message = "GET /jobs/{id}/events takes no body: leave it out."
+        raise ApiError(413, "body_too_large", message, headers={"Connection": "close"})
     job = await find_job(service, job_id, caller.name)
     seen = request.headers.get("last-event-id", "")
     if job.ended and seen == str(job.version):
         return Response(status_code=204)
+    request.app.state.watch.require_room(caller.name)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return StreamingResponse(_follow(request, service, job, seen), headers=headers, media_type="text/event-stream")
 
@@ -72,33 +76,29 @@ async def _follow(request: Request, service: Service, job: Job, seen: str) -> As
     """Texts of the events until the job ends, is deleted, or nobody listens."""
     yield "retry: 1000\n\n"
     told: tuple[str, int | None] | None = (seen, None) if seen else None
-    place: int | None = None
-    pinged = looked = time.monotonic()
-    here: Job | None = job
-    while True:
-        now = time.monotonic()
-        if here is None:
-            yield _event("deleted", None, {"id": job.id, "object": "job.deleted", "deleted": True})
-            return
-        job = here
-        if job.state != "queued":
-            place = None
-        elif place is None or now - looked >= PLACE_S:
-            place, looked = await in_thread(service.store.ahead, job), now
-        state = (str(job.version), place)
-        if told is None or state[0] != told[0] or (place is not None and told[1] not in (None, place)):
-            yield _event("job", job.version, job_view(job, place))
-            pinged = now
-        told = state
-        if job.ended:
-            return
-        if now - pinged >= PING_S:
-            yield ": ping\n\n"
-            pinged = now
-        await anyio.sleep(POLL_S)
-        if await request.is_disconnected():
-            return
-        here = await in_thread(service.store.get, job.id, job.owner)
+    pinged = time.monotonic()
+    watch: Watch = request.app.state.watch
+    async with watch.stream(job.owner), watch.watching(job) as watched:
+        while True:
+            changes, here = watched.changes, watched.job
+            if here is None:
+                yield _event("deleted", None, {"id": job.id, "object": "job.deleted", "deleted": True})
+                return
+            if here.state == "queued" and watched.place is None:
+                watched.place = await in_thread(service.store.ahead, here)
+            state = (str(here.version), watched.place if here.state == "queued" else None)
+            if told is None or state[0] != told[0] or (state[1] is not None and told[1] not in (None, state[1])):
+                yield _event("job", here.version, job_view(here, state[1]))
+                pinged = time.monotonic()
+            told = state
+            if here.ended:
+                return
+            if time.monotonic() - pinged >= PING_S:
+                yield ": ping\n\n"
+                pinged = time.monotonic()
+            await watched.change(changes, LOOK_S)
+            if await request.is_disconnected():
+                return
 
 
 def _event(kind: str, version: int | None, data: dict[str, Any]) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import ipaddress
 import socket
 import ssl
+import threading
 import time
 from collections.abc import Callable, Sequence
 from urllib.parse import SplitResult, quote, urlsplit
@@ -41,6 +43,8 @@ def is_public(address: str) -> bool:
             inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if inner is not None:
             return is_public(str(inner))
+        if ip.is_site_local:  # of old, and yet "global"
+            return False
     return ip.is_global and not ip.is_multicast and not ip.is_reserved
 
 
@@ -88,10 +92,12 @@ def fetch(
     if not addresses or not all(is_public(address) for address in addresses):
         message = f"{param} leads to an address that is not public: send the picture itself."
         raise ApiError(403, "url_not_allowed", message, param=param)
+    until: threading.Timer | None = None
     connection = http.client.HTTPConnection(host, 443, timeout=timeout_s)
     connection.default_port = 443  # what https leaves out of the Host header
     try:
         plain = dial((addresses[0], 443), timeout_s)
+        until = _ends_at(plain, end)
         try:
             tls = (context or ssl.create_default_context()).wrap_socket(plain, server_hostname=host)
             connection.sock = tls
@@ -107,10 +113,32 @@ def fetch(
                 raise _failed(param, f"it answers {answer.status}{more}")
             return _read(answer, tls, param, max_bytes, end)
     except (OSError, http.client.HTTPException) as error:
-        why = "it did not answer in time" if isinstance(error, TimeoutError) else "the connection failed"
+        late = isinstance(error, TimeoutError) or time.monotonic() >= end
+        why = "it did not answer in time" if late else "the connection failed"
         raise _failed(param, why) from None
     finally:
         connection.close()
+        if until is not None:
+            until.cancel()
+
+
+def _ends_at(plain: socket.socket, end: float) -> threading.Timer:
+    """Cut the connection at that time: a socket's own time-out begins anew with each byte, be it of the handshake or a header."""
+    guard = plain.dup()  # TLS takes the socket itself over
+
+    def cut() -> None:
+        with guard, contextlib.suppress(OSError):
+            guard.shutdown(socket.SHUT_RDWR)
+
+    class Timer(threading.Timer):
+        def cancel(self) -> None:
+            super().cancel()
+            guard.close()
+
+    timer = Timer(max(0.0, end - time.monotonic()), cut)
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 def _read(answer: http.client.HTTPResponse, tls: socket.socket, param: str, max_bytes: int, end: float) -> bytes:
@@ -131,6 +159,8 @@ def _read(answer: http.client.HTTPResponse, tls: socket.socket, param: str, max_
         data += chunk
         if len(data) > max_bytes:
             raise too_large
+    if time.monotonic() >= end:
+        raise TimeoutError
     if answer.length:
         raise _failed(param, "the answer breaks off")
     return bytes(data)

@@ -10,18 +10,20 @@ from fastapi import APIRouter
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from serving.api.access import CallerOf, ServiceOf, find_job, in_thread, view
+from serving.api.access import CallerOf, ServiceOf, in_thread, view
 from serving.api.body import read_fields
-from serving.api.errors import GUARDED, ApiError, documented
+from serving.api.errors import GUARDED, ApiError, documented, not_found
 from serving.api.files import open_result, respond
 from serving.api.keys import Caller
 from serving.api.service import Service
 from serving.api.submit import generate_order, idempotency_key, submit
 from serving.api.views import EXAMPLE_JOB, JobView, json_example
+from serving.api.watching import Watch
 from serving.generate_request import GenerateRequest
 from serving.jobs import Job
 
-POLL_S = 0.1
+LOOK_S = 0.3
+"""How often it is looked whether a waiting client is still there."""
 router = APIRouter(tags=["generate"])
 _STATUS_OF_FAILURE = {"queue_timeout": 503, "worker_lost": 503, "timeout": 504}
 _SEEN_HEADERS = {
@@ -94,11 +96,13 @@ async def generate(request: Request, caller: CallerOf, service: ServiceOf) -> Re
     key = idempotency_key(request.headers)
     fields = await read_fields(request, int(service.settings.http.max_body_mb * 1e6))
     order = await in_thread(generate_order, fields, key)
+    wait, findable = order.request.wait, key is not None or order.request.webhook_url is not None
     job, created = await submit_in_turn(request, service, caller, order)
     headers = {} if created else {"Idempotent-Replay": "true"}
-    if order.request.wait:
-        findable = key is not None or order.request.webhook_url is not None
-        job = await _wait(request, service, caller, job, findable)
+    del fields, order  # pictures of many megabytes, which nobody needs while the job is waited for
+    request.app.state.held.release(request.scope)
+    if wait:
+        job = await _wait(request, service, job, findable)
         if job.ended:
             return await _finished(request, service, job, headers)
     headers |= {"Location": f"/jobs/{job.id}", "Cache-Control": "no-store"}
@@ -111,22 +115,28 @@ async def submit_in_turn(request: Request, service: Service, caller: Caller, ord
     return await anyio.to_thread.run_sync(submit, service, caller, order, limiter=limiter)
 
 
-async def _wait(request: Request, service: Service, caller: Caller, job: Job, findable: bool) -> Job:
+async def _wait(request: Request, service: Service, job: Job, findable: bool) -> Job:
     """Until the job has ended or the server's patience has. A client that goes is noticed by asking, or by being cancelled."""
     until = time.monotonic() + service.settings.http.max_wait_s
+    watch: Watch = request.app.state.watch
     try:
-        while not job.ended and time.monotonic() < until:
-            if await request.is_disconnected():
-                raise ClientDisconnect
-            await anyio.sleep(POLL_S)
-            job = await find_job(service, job.id, caller.name)
+        async with watch.watching(job) as watched:
+            while True:
+                changes = watched.changes
+                if watched.job is None:
+                    raise not_found()
+                job, left_s = watched.job, until - time.monotonic()
+                if job.ended or left_s <= 0:
+                    return job
+                if await request.is_disconnected():
+                    raise ClientDisconnect
+                await watched.change(changes, min(LOOK_S, left_s))
     except (ClientDisconnect, anyio.get_cancelled_exc_class()):
         if not findable:
             with anyio.CancelScope(shield=True):
                 await in_thread(service.store.cancel, job.id)
             service.wake()
         raise
-    return job
 
 
 async def _finished(request: Request, service: Service, job: Job, headers: dict[str, str]) -> Response:

@@ -19,6 +19,7 @@ from waver_core import __version__
 
 router = APIRouter(tags=["server"])
 READINESS_TIMEOUT_S = 5.0
+MAX_REASON_CHARS = 160
 
 
 class Limits(BaseModel):
@@ -168,6 +169,8 @@ async def readyz(service: ServiceOf) -> Response:
             deployments = await service.readiness()
     except TimeoutError:
         deployments = {"server": f"no answer within {READINESS_TIMEOUT_S:g} s"}
+    # Whoever asks here has shown no key: what a deployment died of, with its traceback, is for the log.
+    deployments = {name: (why.splitlines() or ["unknown"])[0][:MAX_REASON_CHARS] for name, why in deployments.items()}
     if not deployments:
         deployments = {"server": "nothing is deployed yet"}
     waiting = {name: why for name, why in deployments.items() if why != "ready"}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import logging
 import re
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from serving.api.containers import BadPicture, walk
 from serving.api.errors import ApiError
@@ -17,6 +18,18 @@ MAX_SIDE_PX = 16_384
 _DATA_URL = re.compile(r"data:(?:image/[a-z0-9.+-]{1,40})?(?:;[a-z0-9=_.-]{1,40})?;base64,", re.IGNORECASE)
 _PNG_EFFORT = 1
 """Of zlib: the file is read once and deleted."""
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> what undoes it."""
+_OF_DECODERS = (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError, EOFError, OverflowError)
+_log = logging.getLogger("waver.http")
 
 
 def decode_base64(text: str, param: str, max_bytes: int) -> bytes:
@@ -56,13 +69,18 @@ def to_png(data: bytes, param: str, *, max_bytes: int, max_px: int) -> bytes:
             return _plain(image)
     except BadPicture as error:
         raise ApiError(400, "bad_image", f"{param} {error}.", param=param) from None
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError, EOFError, OverflowError):
+    except ApiError:
+        raise
+    except Exception as error:  # decoders meet strangers' bytes with errors of every kind
+        if not isinstance(error, _OF_DECODERS):
+            _log.warning("a picture of %d bytes was refused: %r", len(data), error)
         raise ApiError(400, "bad_image", f"{param} cannot be decoded: save it anew.", param=param) from None
 
 
 def _plain(image: Image.Image) -> bytes:
     image.load()
-    upright = ImageOps.exif_transpose(image)
+    turn = _UPRIGHT.get(_orientation(image))
+    upright: Image.Image = image if turn is None else image.transpose(turn)
     if upright.mode.startswith("I"):  # 16 bits of grey, which `convert` would cut off instead of scaling
         upright = upright.point(lambda value: value / 257).convert("L")
     if upright.has_transparency_data:
@@ -74,6 +92,17 @@ def _plain(image: Image.Image) -> bytes:
     file = io.BytesIO()
     clean.save(file, "PNG", compress_level=_PNG_EFFORT)
     return file.getvalue()
+
+
+def _orientation(image: Image.Image) -> int:
+    """1 to 8; 1, upright, where the EXIF data does not say or cannot be read. Pillow's own `exif_transpose` writes the data
+    anew as well, which fails for what some cameras put into it."""
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception as error:
+        _log.info("EXIF data that cannot be read: %r", error)
+        return 1
+    return found if isinstance(found, int) else 1
 
 
 def _too_large(param: str, max_bytes: int) -> ApiError:

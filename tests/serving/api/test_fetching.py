@@ -121,6 +121,10 @@ def test_caps_on_bytes_and_time(get: Get) -> None:
     began = time.monotonic()
     slow = _refused(get, b"HTTP/1.1 200 OK\r\n\r\n", *[b"x"] * 8, pause_s=0.1, timeout_s=0.4)
     assert "in time" in slow[2] and time.monotonic() - began < 3
+    began = time.monotonic()  # each byte of a header is in time, all of them are not
+    drops = [bytes([c]) for c in b"HTTP/1.1 200 OK\r\nX-Long: " + b"x" * 30]
+    slow = _refused(get, *drops, pause_s=0.1, timeout_s=0.4)
+    assert "in time" in slow[2] and time.monotonic() - began < 6
 
 
 @pytest.mark.parametrize(
@@ -138,7 +142,13 @@ def test_caps_on_bytes_and_time(get: Get) -> None:
             ("fc00::1", False),
         ),
         *(("::ffff:10.0.0.1", False), ("::ffff:8.8.8.8", True), ("64:ff9b::a00:1", False), ("64:ff9b::808:808", True)),
-        *(("2002:a00:1::", False), ("2001:0:808:808::f5ff:fffe", False), ("ff02::1", False), ("not an address", False)),
+        *(
+            ("2002:a00:1::", False),
+            ("2001:0:808:808::f5ff:fffe", False),
+            ("ff02::1", False),
+            ("fec0::1", False),
+            ("not an address", False),
+        ),
     ],
 )
 def test_which_addresses_are_public(address: str, public: bool) -> None:
