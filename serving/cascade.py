@@ -6,6 +6,7 @@ deployments of Ray Serve (`serving.deployments`); the bytes are the same.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -153,8 +154,8 @@ async def generate(wish: Wish, stages: Stages, observer: Observer) -> Result:
     metadata = metadata_of(plan, prompt)
 
     async with clock.stage("encode"):
-        text, negative = await stages.encode([prompt.prompt, plan.negative])
-        conditions = await stages.conditions(plan.base_shape, wish.frames)
+        texts = stages.encode([prompt.prompt, plan.negative])
+        (text, negative), conditions = await asyncio.gather(texts, stages.conditions(plan.base_shape, wish.frames))
 
     async with clock.stage("base") as told:
         latents = await result_of(stages.base(BaseWork(plan, text, negative, conditions)), told)

@@ -43,7 +43,7 @@ class ReplicaBroken(Exception):
 
 @serve.ingress()
 class HttpDeployment:
-    """The API and the page (`serving.api`). It does not call the dispatcher, for the store stands between them."""
+    """The API and the page (`serving.api`). Between it and the dispatcher stands the store; the one call only saves time."""
 
     def __init__(self, settings: Settings, known: Facts, readiness: Callable[[], Readiness], dispatcher: Any) -> None:
         self._settings, self._known, self._readiness, self._dispatcher = settings, known, readiness(), dispatcher
@@ -51,7 +51,10 @@ class HttpDeployment:
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve once the replica is built."""
         store = JobStore(self._settings.database_url)
-        return create_app(Service(self._settings, self._known, store, self._readiness))
+        return create_app(Service(self._settings, self._known, store, self._readiness, self._wake))
+
+    def _wake(self) -> None:
+        self._dispatcher.wake.remote()  # nothing is lost where this is: the dispatcher looks by itself, a little later
 
 
 class RewriterDeployment:
@@ -199,6 +202,10 @@ class DispatcherDeployment:
             # Heartbeats must not wait behind the writing of large files, and Serve's own pool is small.
             loop.set_default_executor(ThreadPoolExecutor(32, thread_name_prefix="dispatcher"))
             self._task = loop.create_task(self._dispatcher.run())
+
+    async def wake(self) -> None:
+        """See `Dispatcher.wake`."""
+        self._dispatcher.wake()
 
     async def __del__(self) -> None:
         """Called by Serve when the replica is to end: what is not done yet goes back to the queue."""

@@ -8,6 +8,7 @@ its whole server or alone, loses its jobs to the queue after `queue.lease_s`; wh
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import time
@@ -53,7 +54,7 @@ class Dispatcher:
         base, refiner = checkpoints(settings)
         self._models = base.model, refiner.model if refiner else None
         self._rates = Rates()
-        self._claims = itertools.count()
+        self._claims, self._woken = itertools.count(), asyncio.Event()
         self._running: dict[str, tuple[Job, asyncio.Task[None]]] = {}
 
     async def run(self) -> None:
@@ -81,14 +82,22 @@ class Dispatcher:
                 worker = f"{self._name}-{next(self._claims)}"
                 job = await self._steadily(asyncio.to_thread(self._store.claim, worker))
             if job is None:
-                await asyncio.sleep(queue.poll_s)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(queue.poll_s):
+                        await self._woken.wait()
+                self._woken.clear()
                 continue
             task = asyncio.create_task(self._job(job))
             self._running[worker] = job, task
             task.add_done_callback(partial(self._forget, worker))
 
+    def wake(self) -> None:
+        """There may be something to claim: look now. (Polling finds it, too, a little later.)"""
+        self._woken.set()
+
     def _forget(self, worker: str, task: asyncio.Task[None]) -> None:
         del self._running[worker]
+        self.wake()
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a job's end could not be written down; it is begun again after its lease: %s", _one_line(error))
 
@@ -121,6 +130,7 @@ class Dispatcher:
                     job, observer, "internal", f"the server could not make it; its log has the reason under {job.id}"
                 )
         finally:
+            await asyncio.shield(observer.close())
             for stage, steps in observer.steps.items():
                 await asyncio.shield(asyncio.to_thread(self._store.add_steps, stage, steps))
 

@@ -286,7 +286,7 @@ def _largest(sizes: list[tuple[int, int]]) -> int:
 
 def _sizes(request: GenerateRequest, facts: Facts, settings: Settings, last: Checkpoint) -> tuple[int, int, int, int]:
     """Width and height of the result, which `last` makes, and of what the base model makes for it."""
-    usual, refine, image = _words(_trained(last, "video")[0]), last.recipe["task"] == "refine", request.kind == "image"
+    usual, refine, image = _words(_trained(last, request.kind)[0]), last.recipe["task"] == "refine", request.kind == "image"
     width_px, height_px = (int(n) for n in (request.size or usual).split("x"))
     multiple, least = facts.size_multiple_px, SPATIAL_STRIDE * PATCH
     if width_px % multiple or height_px % multiple or min(width_px, height_px) < least:
@@ -295,9 +295,7 @@ def _sizes(request: GenerateRequest, facts: Facts, settings: Settings, last: Che
     with_refiner = facts.max_image_pixels if image else facts.max_pixels
     most = with_refiner if refine else facts.max_base_image_pixels if image else facts.max_base_pixels
     if width_px * height_px > most:
-        raise UserError(
-            f"size {width_px}x{height_px} has more than {most} pixels: take {usual} or another of that area"
-        )
+        raise UserError(f"size {width_px}x{height_px} has more than {most} pixels: take {usual} or another of that area")
     if not refine:
         return width_px, height_px, width_px, height_px
     small = [max(least, round(n / settings.cascade.upscale / multiple) * multiple) for n in (width_px, height_px)]

@@ -17,7 +17,6 @@ from serving.store import JobStore
 from waver_core.storage import join, write_atomic
 
 log = logging.getLogger("waver.dispatcher")
-_REPORT_EVERY_S = 0.1
 
 
 class Lost(Exception):
@@ -36,14 +35,17 @@ class Reporter:
         """Network steps so far, of this attempt."""
         self._job, self._store, self._settings = job, store, settings
         self._progress = Progress(rates.expected_s(units))
-        self._stage, self._begun, self._told, self._waits = "", 0.0, 0.0, False
+        self._stage, self._begun, self._waits = "", 0.0, False
         self._limit = limit
+        self._news: dict[str, Any] | None = None
+        self._writer: asyncio.Task[None] | None = None
+        self._lost = False
 
     async def step(self, stage: str, done: int, steps: int) -> None:
         """See `serving.cascade.Observer`."""
         now = time.monotonic()
         if stage != self._stage:
-            self._stage, self._begun, self._told, self._waits = stage, now, 0.0, True
+            self._stage, self._begun, self._waits = stage, now, True
         elif self._waits:  # the first step: until now it waited for a free replica
             self._waits = False
             if (when := self._limit.when()) is not None:
@@ -53,10 +55,26 @@ class Reporter:
         if stage in ("base", "refine") and steps > 1:
             self.steps[stage] = max(done, self.steps.get(stage, 0))
         progress = self._progress.at(stage, done, steps)
-        if now - self._told < _REPORT_EVERY_S and done < steps:
-            return
-        self._told = now
-        await self._write(self._store.report, stage=stage, step=done, steps=steps, progress=progress)
+        self._news = {"stage": stage, "step": done, "steps": steps, "progress": progress}
+        if self._lost:
+            raise Lost
+        if self._writer is None or self._writer.done():
+            self._writer = asyncio.create_task(self._write_news())
+
+    async def close(self) -> None:
+        """Wait until nothing more is written."""
+        if self._writer is not None:
+            await asyncio.wait([self._writer])
+
+    async def _write_news(self) -> None:
+        """The newest of what there is to tell, until there is nothing more: the cascade does not wait for the store."""
+        while self._news is not None:
+            news, self._news = self._news, None
+            try:
+                await self._write(self._store.report, **news)
+            except Lost:
+                self._lost = True
+                return
 
     async def rewritten(self, prompt: Rewritten) -> None:
         """See `serving.cascade.Observer`."""

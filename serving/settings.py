@@ -102,7 +102,8 @@ class Queue(Strict):
     """A job that has been computed for longer fails with `timeout`; waiting for a free replica does not count."""
     lease_s: float = Field(5.0, gt=0)
     """A job whose dispatcher has been silent for so long goes back to the queue."""
-    poll_s: float = Field(0.05, gt=0)
+    poll_s: float = Field(0.1, gt=0)
+    """How often a dispatcher looks for jobs that nobody has told it of."""
 
 
 class Http(Strict):

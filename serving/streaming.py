@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from typing import Any, Generic, TypeVar
 from waver_core.flow.sampler import Stop
 
 T = TypeVar("T")
+EVERY_S = 0.05
+"""Steps that follow one another faster are not all told of: each costs a message between processes, and nobody sees them."""
 OnStep = Callable[..., bool]
 """`on_step(done, steps)`: False asks to stop; further arguments are ignored, so that a sampler may call it."""
 
@@ -32,19 +35,24 @@ class Done(Generic[T]):
 
 
 async def stream(work: Callable[[OnStep], T]) -> AsyncGenerator[Step | Done[T], None]:
-    """Run `work(on_step)` in a thread of its own and yield its steps and, last, its result.
+    """Run `work(on_step)` in a thread of its own and yield its steps (see `EVERY_S`) and, last, its result.
 
     A consumer that goes away (`aclose`, or its task cancelled) makes `on_step` answer False; the stream is closed only when the
     thread has ended, so whoever waits for the next turn does not start beside it. Errors of the work come through.
     """
     loop = asyncio.get_running_loop()
+    last = -EVERY_S
     told: asyncio.Queue[Step | None] = asyncio.Queue()
     stop = threading.Event()
 
     def on_step(done: int, steps: int, *_: Any) -> bool:
         if stop.is_set():
             return False
-        loop.call_soon_threadsafe(told.put_nowait, Step(done, steps))
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= EVERY_S or done == steps:
+            last = now
+            loop.call_soon_threadsafe(told.put_nowait, Step(done, steps))
         return True
 
     pool = ThreadPoolExecutor(1, thread_name_prefix="cascade")

@@ -79,6 +79,11 @@ def on_disk(result: Result, tmp_path: Path) -> str:
     return str(path)
 
 
+@pytest.fixture(autouse=True)
+def told_of_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.streaming.EVERY_S", 0.0)
+
+
 def test_a_refined_video_its_preview_and_its_steps(served: Served, tmp_path: Path) -> None:
     watcher = Watcher()
     result = served.make(watcher)

@@ -24,6 +24,11 @@ def counting(steps: int, log: list[int], pause_s: float = 0.0):  # type: ignore[
     return work
 
 
+@pytest.fixture(autouse=True)
+def told_of_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.streaming.EVERY_S", 0.0)
+
+
 def test_steps_in_order_then_the_result() -> None:
     async def main() -> list[object]:
         return [item async for item in stream(counting(3, []))]
@@ -79,3 +84,12 @@ def test_errors_come_through() -> None:
 
     with pytest.raises(ValueError, match="no"):
         asyncio.run(result_of(stream(work)))
+
+
+def test_quick_steps_are_not_all_told_of_but_the_last_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.streaming.EVERY_S", 10.0)
+
+    async def main() -> list[object]:
+        return [item async for item in stream(counting(50, []))]
+
+    assert asyncio.run(main()) == [Step(0, 50), Step(50, 50), Done("made")]

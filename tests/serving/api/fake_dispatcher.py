@@ -47,7 +47,7 @@ def write_export(folder: Path, *, task: str = "t2v", size: tuple[int, int] = (96
         "image_sizes": [[size[0], size[0]]],
         "fps": 8.0,
         "encoders": encoders,
-        "data": {"seconds": [2.0, 4.0], "captions": {"training_caption": 1.0}},
+        "data": {"seconds": [2.0, 4.0], "captions": {"training_caption": 1.0}, "text_multiple": 1},
         "sampling": {"steps": 20, "shift": 7.0, "guidance_scale": 5.0, "norm_threshold": 27.0},
         "refinement": {"noise_min": 0.85, "noise_max": 0.95},
         "negative_tags": ["low quality", "slow motion"],

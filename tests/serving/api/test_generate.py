@@ -54,7 +54,7 @@ def test_waiting_answers_with_the_file(start: Start) -> None:
     assert video.content == client.get(job["links"]["video"]).content
     image = client.post("/generate", json={"prompt": "A disc", "kind": "image", "wait": True})
     assert image.headers["content-type"] == "image/png"
-    assert Image.open(io.BytesIO(image.content)).size == (240, 144)
+    assert Image.open(io.BytesIO(image.content)).size == (144, 144)
 
 
 def test_waiting_tells_how_a_job_failed(start: Start) -> None:
