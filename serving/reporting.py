@@ -17,6 +17,7 @@ from serving.store import JobStore
 from waver_core.storage import join, write_atomic
 
 log = logging.getLogger("waver.dispatcher")
+_WRITE_EVERY_S = 0.05
 
 
 class Lost(Exception):
@@ -62,8 +63,10 @@ class Reporter:
             self._writer = asyncio.create_task(self._write_news())
 
     async def close(self) -> None:
-        """Wait until nothing more is written."""
+        """Nothing more is to be told."""
+        self._news = None
         if self._writer is not None:
+            self._writer.cancel()
             await asyncio.wait([self._writer])
 
     async def _write_news(self) -> None:
@@ -75,6 +78,7 @@ class Reporter:
             except Lost:
                 self._lost = True
                 return
+            await asyncio.sleep(_WRITE_EVERY_S)
 
     async def rewritten(self, prompt: Rewritten) -> None:
         """See `serving.cascade.Observer`."""

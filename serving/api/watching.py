@@ -15,6 +15,8 @@ from serving.jobs import Job
 
 POLL_S = 0.1
 FIRST_POLL_S = 0.02
+FEW = 4
+"""Jobs that are watched twice as closely."""
 QUEUED_POLL_S = 0.4
 """For a job that others are before: it cannot begin at once."""
 PLACE_S = 1.0
@@ -106,7 +108,7 @@ class Watch:
             while watched.job is not None and not watched.job.ended:
                 waits = watched.job.state == "queued" and (watched.place or 0) > 1
                 soon = max(FIRST_POLL_S, 0.05 * (time.monotonic() - begun))  # short jobs are not made long by looking late
-                await asyncio.sleep(QUEUED_POLL_S if waits else min(POLL_S, soon))
+                await asyncio.sleep(QUEUED_POLL_S if waits else min(POLL_S if len(self._jobs) > FEW else POLL_S / 2, soon))
                 now = await in_thread(store.get, job.id, job.owner)
                 place = None
                 if now is not None and now.state == "queued":
