@@ -34,6 +34,7 @@ from waver_core.sequence_parallel import PromptBranches, Ulysses
 log = logging.getLogger("waver.ranks")
 Kind = Literal["base", "refine"]
 _CLOSING_S = 30.0
+_ANSWER_S = 10.0
 
 
 class GroupBroken(Exception):
@@ -87,7 +88,7 @@ class Rank:
         self._stop = True
 
     async def process_id(self) -> int:
-        """Of this rank, for whoever looks into a group from outside."""
+        """Of this rank; an answer shows that it lives."""
         return os.getpid()
 
     async def steps_done(self) -> int:
@@ -151,10 +152,21 @@ class RankGroup:
         return self._turn.locked()
 
     async def ready(self) -> None:
-        """Build the group where it is not there; of two callers one builds and the other waits for it."""
+        """Build the group where it is not there, or not whole; of two callers one builds and the other waits for it."""
         async with self._building:
+            if self._ranks and not await self._answers():
+                self.poison()
             if not self._ranks:
                 self._ranks = await asyncio.wait_for(self._build(), self.options.build_timeout_s)
+
+    async def _answers(self) -> bool:
+        """Whether every rank still lives; one may have died since the last sample."""
+        try:
+            await asyncio.wait_for(asyncio.gather(*(rank.process_id.remote() for rank in self._ranks)), _ANSWER_S)
+        except Exception as error:
+            log.warning("a rank does not answer (%s); the group is built anew", _one_line(error))
+            return False
+        return True
 
     def poison(self) -> None:
         """End all ranks; the next run builds new ones."""

@@ -44,7 +44,7 @@ VICTIMS = {"cfg": 1, "ulysses": 0, "both": 3}
 
 async def works(stages: LocalStages, settings: Any) -> tuple[BaseWork, RefineWork]:
     """A video with a given first frame, and its refinement."""
-    made = plan(request(steps=6, seed=3), facts(settings), settings, 3)
+    made = plan(request(steps=60, seed=3), facts(settings), settings, 3)
     text, negative = await stages.encode([PROMPT, "blurry"])
     conditions = await stages.conditions(made.base_shape, {0: np.full((64, 64, 3), 200, np.uint8)})
     latents = np.random.default_rng(0).standard_normal((16, *made.shape.latent)).astype(np.float32)

@@ -40,6 +40,8 @@ class FakeStages:
 
     base_raises: list[Exception] = field(default_factory=list)
     step_s: float = 0.0
+    slow: str = ""
+    """A stage of the autoencoder that takes 200 steps of 10 ms."""
     steps_done: int = 0
     running: int = 0
     most_running: int = 0
@@ -71,14 +73,29 @@ class FakeStages:
 
         return stream(compute)
 
+    def _walk(self, stage: str, on_step: OnStep) -> None:
+        for done in range(200 if self.slow == stage else 0):
+            if not on_step(done, 200):
+                raise Stop(done, 200)
+            self.steps_done += 1
+            time.sleep(0.01)
+
     def upscale(self, work: UpscaleWork) -> AsyncGenerator[Step | Done[Upscaled], None]:
-        return stream(lambda on_step: Upscaled(work.latents, work.latents[:, :1], b"preview"))
+        def compute(on_step: OnStep) -> Upscaled:
+            self._walk("upscale", on_step)
+            return Upscaled(work.latents, work.latents[:, :1], b"preview")
+
+        return stream(compute)
 
     def refine(self, work: RefineWork) -> AsyncGenerator[Step | Done[np.ndarray], None]:
         return stream(lambda on_step: work.latents)
 
     def decode(self, work: DecodeWork) -> AsyncGenerator[Step | Done[bytes], None]:
-        return stream(lambda on_step: b"the file of seed %d" % work.plan.seed)
+        def compute(on_step: OnStep) -> bytes:
+            self._walk("decode", on_step)
+            return b"the file of seed %d" % work.plan.seed
+
+        return stream(compute)
 
 
 class House:
@@ -211,6 +228,21 @@ def test_cancelling_in_mid_run_stops_the_steps(house: House) -> None:
 
     run([house.dispatcher(stages)], lambda: house.job(job_id).ended, cancel)
     assert house.job(job_id).state == "cancelled" and stages.steps_done < 60
+    assert "result-1.mp4" not in house.files(job_id)
+
+
+@pytest.mark.parametrize("stage", ["upscale", "decode"])
+def test_cancelling_stops_the_autoencoder_between_two_runs_of_frames(house: House, stage: str) -> None:
+    stages, job_id = FakeStages(slow=stage), house.submit()
+
+    async def cancel() -> None:
+        while house.job(job_id).stage != stage:
+            await asyncio.sleep(0.01)
+        house.store.cancel(job_id)
+
+    run([house.dispatcher(stages)], lambda: house.job(job_id).ended, cancel)
+    then = stages.steps_done
+    assert house.job(job_id).state == "cancelled" and then < 200
     assert "result-1.mp4" not in house.files(job_id)
 
 

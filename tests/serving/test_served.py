@@ -120,15 +120,13 @@ def test_the_official_openai_client(server: Server) -> None:
         client.videos.retrieve(video.id)
 
 
-@pytest.mark.parametrize(("stage", "step"), [("base", 3), ("refine", 3), ("decode", 0), ("upscale", 0)])
+@pytest.mark.parametrize(("stage", "step"), [("base", 3), ("refine", 3)])  # the others: test_dispatcher.py, they are too quick
 def test_cancelling_at_a_stage_stops_the_steps(server: Server, counters: Counters, stage: str, step: int) -> None:
     before = counters.read()
-    quick = {} if stage in ("base", "refine") else {"steps": 4}
-    job_id = server.post(**{**LONG, **quick}).json()["id"]
+    job_id = server.post(**LONG).json()["id"]
     server.until(job_id, stage=stage, step=step)
     assert server.client.delete(f"/jobs/{job_id}").status_code == 202
-    job = server.until(job_id, states=("cancelled", "completed"), within_s=20)
-    assert job["state"] == "cancelled" or stage in ("decode", "upscale")
+    server.until(job_id, states=("cancelled",), within_s=20)
     then = counters.read()
     time.sleep(0.5)
     assert counters.read() == then, "nothing is computed after a cancellation"
@@ -136,7 +134,7 @@ def test_cancelling_at_a_stage_stops_the_steps(server: Server, counters: Counter
         assert 3 <= then["base"] - before["base"] < 100 and then["refiner"] == before["refiner"]
     if stage == "refine":
         assert then["base"] - before["base"] == 100 and 3 <= then["refiner"] - before["refiner"] < 50
-    assert not list((server.jobs / "jobs" / job_id).glob("result*")) or job["state"] == "completed"
+    assert not list((server.jobs / "jobs" / job_id).glob("result*"))
 
 
 def test_cancelling_while_it_waits(server: Server) -> None:
@@ -236,15 +234,15 @@ def test_a_stopped_server_gives_its_jobs_back_and_the_command_line_of_serve_star
     other = Server(exports, tmp_path / "jobs", "serving.queue.lease_s=600")
     other.start()
     try:
-        job_id = other.post(**LONG).json()["id"]
-        other.until(job_id, stage="base", step=3)
+        ids = [other.post(**LONG).json()["id"] for _ in range(5)]
+        other.until(ids[0], stage="base", step=3)
         other.process.terminate()
         assert other.process.wait(60) == 0
         other.kill()
-        assert JobStore(f"sqlite:///{tmp_path}/jobs/jobs.sqlite").counts()["queued"] == 1
+        counts = JobStore(f"sqlite:///{tmp_path}/jobs/jobs.sqlite").counts()
+        assert counts["queued"] >= 1 and counts["in_progress"] == 0, counts  # the lease is longer than this test
         other.start(serve_run=True)
-        job = other.until(job_id, states=("completed", "failed"))
-        assert job["state"] == "completed" and job["attempt"] == 2
+        assert {other.until(job_id, states=("completed", "failed"))["state"] for job_id in ids} == {"completed"}
     finally:
         other.stop()
 
