@@ -160,6 +160,8 @@ def test_ctrl_c_cancels_the_job(server: Running, tmp_path: Path) -> None:
         START,
         "generate",
         "slow one",
+        "--steps",
+        "100",
         "-o",
         str(tmp_path / "out.mp4"),
         "--server",
