@@ -69,7 +69,8 @@ def main(
         except subprocess.TimeoutExpired:
             server.kill()
             code = server.wait()
-    console.print(f"The server has stopped (exit code {code}). Serve it again, page and all: make serve BASE={base}")
+    again = f"make serve BASE={base}" + (f" REFINER={refiner}" if refiner else "")
+    console.print(f"The server has stopped (exit code {code}). Serve it again, page and all: {again}")
 
 
 def _wait(server: subprocess.Popen[bytes], url: str, within_s: float, log: Path) -> None:
