@@ -137,4 +137,4 @@ def test_any_text_gives_a_text_no_longer_than_the_cap(prompt: str, seconds: floa
 def test_a_hostile_prompt_is_read_in_time() -> None:
     patient = TemplateRewriter(max_chars=10_000)
     for prompt in ("in " * 1600, "in " + "a" * 4900, "a and the camera slowly " * 200, "-" * 4999 + "a", "in a-a-a-" * 550):
-        rewritten(prompt, 10, "", patient)  # the limit of every test catches what does not come back
+        assert rewritten(prompt, 10, "", patient)  # the limit of every test catches what does not come back
