@@ -69,7 +69,7 @@ def untouched(server: Server) -> Iterator[None]:
     assert (server.jobs / "canary.txt").read_text() == CANARY
 
 
-def told(answer: httpx2.Response, *expected: tuple[int, str]) -> None:
+def assert_told(answer: httpx2.Response, *expected: tuple[int, str]) -> None:
     """The answer is one of these refusals, in the one form."""
     assert 400 <= answer.status_code < 500, answer.text
     error = answer.json()["error"]
@@ -124,7 +124,7 @@ def test_no_id_leads_out_of_its_place_on_any_route(server: Server, untouched: No
             if method == "HEAD":
                 assert answer.status_code in (404, 405) and not answer.content
             else:
-                told(answer, (404, "not_found"), (405, "method_not_allowed"))
+                assert_told(answer, (404, "not_found"), (405, "method_not_allowed"))
 
 
 def test_what_is_no_http_ends_at_the_door(server: Server, untouched: None) -> None:
@@ -153,15 +153,15 @@ def test_only_this_machine_by_its_own_name(server: Server, untouched: None) -> N
         "X-Real-IP: 127.0.0.1",
         "Forwarded: for=127.0.0.1",
     ):
-        told(_get(server, "/jobs", "GET", header), (403, "not_local"))
+        assert_told(_get(server, "/jobs", "GET", header), (403, "not_local"))
     for header in ("Origin: http://evil.example", "Origin: null", "Sec-Fetch-Site: cross-site", "Sec-Fetch-Site: same-site"):
-        told(_get(server, "/jobs", "GET", header), (403, "cross_site"))
+        assert_told(_get(server, "/jobs", "GET", header), (403, "cross_site"))
     asked = _get(server, "/generate", "OPTIONS", "Origin: http://evil.example", "Access-Control-Request-Method: POST")
-    told(asked, (405, "method_not_allowed"))
+    assert_told(asked, (405, "method_not_allowed"))
     assert not [name for name in asked.headers if name.startswith("access-control")]
-    told(_get(server, "/generate", "PUT"), (405, "method_not_allowed"))
+    assert_told(_get(server, "/generate", "PUT"), (405, "method_not_allowed"))
     assert _get(server, "/generate", "PUT").headers["allow"] == "POST"
-    told(_get(server, f"/jobs/{KNOWN}/events", "GET", "Content-Length: 1"), (413, "body_too_large"))
+    assert_told(_get(server, f"/jobs/{KNOWN}/events", "GET", "Content-Length: 1"), (413, "body_too_large"))
 
 
 def _json(server: Server, body: Any) -> httpx2.Response:
@@ -219,7 +219,7 @@ def _json(server: Server, body: Any) -> httpx2.Response:
     ids=lambda value: str(value)[:40].encode("ascii", "backslashreplace").decode(),
 )
 def test_fields_that_cannot_be(server: Server, untouched: None, fields: dict[str, Any], status: int, code: str) -> None:
-    told(_json(server, {"prompt": PROMPT} | fields), (status, code))
+    assert_told(_json(server, {"prompt": PROMPT} | fields), (status, code))
 
 
 @pytest.mark.parametrize(
@@ -244,43 +244,43 @@ def test_fields_that_cannot_be(server: Server, untouched: None, fields: dict[str
 )
 def test_bodies_that_are_no_request(server: Server, untouched: None, body: bytes, code: str) -> None:
     began = time.monotonic()
-    told(_json(server, body), (422, code))
+    assert_told(_json(server, body), (422, code))
     assert time.monotonic() - began < 5, "bodies are looked at before they are unpacked"
 
 
 def test_wrong_kinds_of_bodies(server: Server, untouched: None) -> None:
     for kind in ("text/plain", "application/x-www-form-urlencoded", "application/xml", "image/png", ""):
         answer = server.client.post("/generate", content=b'{"prompt": "x"}', headers={"Content-Type": kind})
-        told(answer, (415, "unsupported_media_type"))
+        assert_told(answer, (415, "unsupported_media_type"))
     for path in ("/generate", "/v1/videos"):
         packed = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
-        told(server.client.post(path, content=b"\x1f\x8b", headers=packed), (415, "unsupported_encoding"))
+        assert_told(server.client.post(path, content=b"\x1f\x8b", headers=packed), (415, "unsupported_encoding"))
         head = {"Content-Type": "multipart/form-data"}
-        told(server.client.post(path, content=b"x", headers=head), (422, "invalid_multipart"))
+        assert_told(server.client.post(path, content=b"x", headers=head), (422, "invalid_multipart"))
 
 
 def test_forms_of_ten_megabytes_many_parts_and_torn_ones(server: Server, untouched: None) -> None:
     def form(**parts: Any) -> httpx2.Response:
         return server.client.post("/generate", files={name: (None, value) for name, value in parts.items()})
 
-    told(form(prompt="x" * 10_000_000), (422, "invalid_prompt"))
-    told(form(prompt=PROMPT, **{f"f{k}": "x" for k in range(100)}), (422, "too_many_parts"))
-    told(form(prompt=PROMPT, guidance_scale="NaN"), (422, "invalid_guidance_scale"))
-    told(form(prompt=PROMPT, seed="-1"), (422, "invalid_seed"))
-    told(form(prompt=PROMPT, size="99999x99999"), (400, "invalid_size"))
-    told(server.client.post("/v1/videos", files={"prompt": (None, "x" * 10_000_000)}), (422, "invalid_prompt"))
+    assert_told(form(prompt="x" * 10_000_000), (422, "invalid_prompt"))
+    assert_told(form(prompt=PROMPT, **{f"f{k}": "x" for k in range(100)}), (422, "too_many_parts"))
+    assert_told(form(prompt=PROMPT, guidance_scale="NaN"), (422, "invalid_guidance_scale"))
+    assert_told(form(prompt=PROMPT, seed="-1"), (422, "invalid_seed"))
+    assert_told(form(prompt=PROMPT, size="99999x99999"), (400, "invalid_size"))
+    assert_told(server.client.post("/v1/videos", files={"prompt": (None, "x" * 10_000_000)}), (422, "invalid_prompt"))
     named = server.client.post("/generate", files={"../../canary.txt": ("../../canary.txt", b"x"), "prompt": (None, PROMPT)})
-    told(named, (422, "unknown_field"))
+    assert_told(named, (422, "unknown_field"))
     head = {"Content-Type": "multipart/form-data; boundary=b"}
     torn = b'--b\r\nContent-Disposition: form-data; name="prompt"\r\n\r\nA disc'
-    told(server.client.post("/generate", content=torn, headers=head), (422, "invalid_multipart"))
+    assert_told(server.client.post("/generate", content=torn, headers=head), (422, "invalid_multipart"))
 
 
 def test_bodies_that_are_too_large_with_and_without_a_length(server: Server, untouched: None) -> None:
-    told(_json(server, {"prompt": "x" * 13_000_000}), (413, "body_too_large"))
+    assert_told(_json(server, {"prompt": "x" * 13_000_000}), (413, "body_too_large"))
     head = f"POST /generate HTTP/1.1\r\nHost: 127.0.0.1:{server.port}\r\nContent-Type: application/json\r\n"
     announced = _parsed(raw(server, f"{head}Content-Length: 99999999999\r\n\r\n{{"))
-    told(announced, (413, "body_too_large"))
+    assert_told(announced, (413, "body_too_large"))
     assert announced.headers["connection"] == "close"
 
     def pieces(n: int) -> Iterator[bytes]:
@@ -290,9 +290,9 @@ def test_bodies_that_are_too_large_with_and_without_a_length(server: Server, unt
         yield b'"}'
 
     kind = {"Content-Type": "application/json"}
-    told(server.client.post("/generate", content=pieces(20), headers=kind), (422, "invalid_prompt"))  # 10 MB
+    assert_told(server.client.post("/generate", content=pieces(20), headers=kind), (422, "invalid_prompt"))  # 10 MB
     with contextlib.suppress(httpx2.TransportError):  # the server may hang up before all is sent
-        told(server.client.post("/generate", content=pieces(40), headers=kind), (413, "body_too_large"))
+        assert_told(server.client.post("/generate", content=pieces(40), headers=kind), (413, "body_too_large"))
 
 
 def test_half_bodies_of_clients_that_go(server: Server, untouched: None) -> None:
@@ -334,11 +334,11 @@ def test_pictures_that_are_bombs_giants_or_two_things(server: Server, untouched:
         assert len(data) < 12_000_000, name
         began = time.monotonic()
         files = {"prompt": (None, PROMPT), "first_frame": ("a.png", data, "image/png")}
-        told(server.client.post("/generate", files=files), (400, code))
+        assert_told(server.client.post("/generate", files=files), (400, code))
         text = base64.b64encode(data).decode() or "data:image/png;base64,"
-        told(_json(server, {"prompt": PROMPT, "last_frame": text}), (400, code))
+        assert_told(_json(server, {"prompt": PROMPT, "last_frame": text}), (400, code))
         dialect = {"prompt": (None, PROMPT), "input_reference": ("a.png", data, "image/png")}
-        told(server.client.post("/v1/videos", files=dialect), (400, code))
+        assert_told(server.client.post("/v1/videos", files=dialect), (400, code))
         assert time.monotonic() - began < 6, name
 
 

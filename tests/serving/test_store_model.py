@@ -262,4 +262,12 @@ class Machine(RuleBasedStateMachine):
 
 def test_the_store_is_as_its_model(store: JobStore, clock: Any) -> None:
     loose = settings(max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck))
-    run_state_machine_as_test(lambda: Machine(store, clock), settings=loose)
+    machines = 0
+
+    def machine() -> Machine:
+        nonlocal machines
+        machines += 1
+        return Machine(store, clock)
+
+    run_state_machine_as_test(machine, settings=loose)
+    assert machines >= 60, "every example was run"

@@ -38,7 +38,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
         assert written(service) == (0, [])
 
 
-def refused(client: Client, status: int, code: str, answer: httpx2.Response, param: str | None = None) -> None:
+def assert_refused(client: Client, status: int, code: str, answer: httpx2.Response, param: str | None = None) -> None:
     error = answer.json()["error"]
     assert (answer.status_code, error["code"]) == (status, code), answer.text
     assert error["message"].endswith((".", "?", "!")) and len(error["message"]) <= 600 and "Traceback" not in answer.text
@@ -128,7 +128,7 @@ def test_pictures_that_are_none_or_more_than_one_thing(client: Client, name: str
     data, code = PICTURES[name]
     answer = client.post("/generate", data={"prompt": PROMPT}, files={"first_frame": ("a.png", data, "image/png")})
     assert code is not None
-    refused(client, 400, code, answer, "first_frame")
+    assert_refused(client, 400, code, answer, "first_frame")
 
 
 @pytest.mark.parametrize("name", [name for name, (_, code) in PICTURES.items() if code is None])
@@ -168,7 +168,7 @@ def test_bombs_are_never_unpacked(tmp_path: Path, name: str) -> None:
     ],
 )
 def test_pictures_from_places_that_are_not_for_clients(client: Client, given: str, status: int, code: str) -> None:
-    refused(client, status, code, client.post("/generate", json={"prompt": PROMPT, "first_frame": given}), "first_frame")
+    assert_refused(client, status, code, client.post("/generate", json={"prompt": PROMPT, "first_frame": given}), "first_frame")
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_a_listed_name_that_leads_inside(client: Client, address: str, monkeypat
 
     monkeypatch.setattr(submit, "fetch", fetch)
     answer = client.post("/generate", json={"prompt": PROMPT, "first_frame": "https://pictures.example/a.png"})
-    refused(client, 403, "url_not_allowed", answer, "first_frame")
+    assert_refused(client, 403, "url_not_allowed", answer, "first_frame")
 
 
 def test_no_url_at_all_where_no_host_is_listed(tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_no_url_at_all_where_no_host_is_listed(tmp_path: Path) -> None:
     with serving(service) as address, Client(base_url=address) as client:
         client.service = service
         answer = client.post("/generate", json={"prompt": PROMPT, "last_frame": "https://example.com/a.png"})
-        refused(client, 403, "url_not_allowed", answer, "last_frame")
+        assert_refused(client, 403, "url_not_allowed", answer, "last_frame")
 
 
 @pytest.mark.parametrize(
@@ -232,7 +232,7 @@ def test_what_the_model_cannot_do_and_nobody_may_ask(
 ) -> None:
     body = json.dumps({"prompt": PROMPT} | fields)
     answer = client.post("/generate", content=body, headers={"Content-Type": "application/json"})
-    refused(client, status, code, answer, param)
+    assert_refused(client, status, code, answer, param)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_what_the_model_cannot_do_and_nobody_may_ask(
     ids=lambda value: str(value)[:24],
 )
 def test_bodies_that_are_no_json(client: Client, body: bytes, status: int, code: str) -> None:
-    refused(client, status, code, client.post("/generate", content=body, headers={"Content-Type": "application/json"}))
+    assert_refused(client, status, code, client.post("/generate", content=body, headers={"Content-Type": "application/json"}))
 
 
 def test_a_body_without_a_length_is_counted_while_it_comes(client: Client) -> None:
@@ -267,36 +267,38 @@ def test_a_body_without_a_length_is_counted_while_it_comes(client: Client) -> No
 
     with contextlib.suppress(httpx2.TransportError):  # the server may hang up before all is sent
         answer = client.post("/generate", content=pieces(), headers={"Content-Type": "application/json"})
-        refused(client, 413, "body_too_large", answer)
+        assert_refused(client, 413, "body_too_large", answer)
     assert written(client.service) == (0, [])
 
 
 def test_bodies_of_other_kinds(client: Client) -> None:
-    refused(client, 415, "unsupported_media_type", client.post("/generate", data={"prompt": PROMPT}))
-    refused(
+    assert_refused(client, 415, "unsupported_media_type", client.post("/generate", data={"prompt": PROMPT}))
+    assert_refused(
         client, 415, "unsupported_media_type", client.post("/generate", content=b"{}", headers={"Content-Type": "text/plain"})
     )
-    refused(client, 415, "unsupported_media_type", client.post("/generate"))
+    assert_refused(client, 415, "unsupported_media_type", client.post("/generate"))
     packed = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
-    refused(client, 415, "unsupported_encoding", client.post("/generate", content=b"{}", headers=packed))
+    assert_refused(client, 415, "unsupported_encoding", client.post("/generate", content=b"{}", headers=packed))
 
 
 def test_forms_with_too_much_or_twice(client: Client) -> None:
     many = {f"field{k}": "x" for k in range(60)}
-    refused(client, 422, "too_many_parts", client.post("/generate", data={"prompt": PROMPT} | many, files={"image": picture()}))
+    assert_refused(
+        client, 422, "too_many_parts", client.post("/generate", data={"prompt": PROMPT} | many, files={"image": picture()})
+    )
     twice = [("first_frame", ("a.png", picture())), ("first_frame", ("b.png", picture()))]
-    refused(client, 422, "duplicate_field", client.post("/generate", data={"prompt": PROMPT}, files=twice))
+    assert_refused(client, 422, "duplicate_field", client.post("/generate", data={"prompt": PROMPT}, files=twice))
     both = {"image": picture(), "first_frame": picture()}
-    refused(client, 422, "duplicate_field", client.post("/generate", data={"prompt": PROMPT}, files=both))
+    assert_refused(client, 422, "duplicate_field", client.post("/generate", data={"prompt": PROMPT}, files=both))
     other = client.post("/generate", data={"prompt": PROMPT}, files={"../../x": picture()})
-    refused(client, 422, "unknown_field", other)
+    assert_refused(client, 422, "unknown_field", other)
     head = {"Content-Type": "multipart/form-data; boundary=b"}
     cut = b'--b\r\nContent-Disposition: form-data; name="prompt"\r\n\r\nA disc'
-    refused(client, 422, "invalid_multipart", client.post("/generate", content=cut, headers=head))
+    assert_refused(client, 422, "invalid_multipart", client.post("/generate", content=cut, headers=head))
     text = b'--b\r\nContent-Disposition: form-data; name="prompt"\r\n\r\n\xff\xfe\r\n--b--\r\n'
-    refused(client, 422, "invalid_multipart", client.post("/generate", content=text, headers=head))
+    assert_refused(client, 422, "invalid_multipart", client.post("/generate", content=text, headers=head))
     bare = client.post("/generate", content=cut, headers={"Content-Type": "multipart/form-data"})
-    refused(client, 422, "invalid_multipart", bare)
+    assert_refused(client, 422, "invalid_multipart", bare)
     big = client.post("/generate", data={"prompt": PROMPT, "first_frame": base64.b64encode(bytes(12_500_000)).decode()})
     assert big.status_code in (413, 415)
 
