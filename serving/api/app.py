@@ -61,8 +61,14 @@ class Outermost:
                     headers.setdefault(name, value)
             await send(message)
 
+        async def receive_or_gone() -> Message:
+            try:
+                return await receive()
+            except Exception:  # Ray Serve tells so (TaskCancelledError), now and then, that the client has hung up
+                return {"type": "http.disconnect"}
+
         try:
-            await self._app(scope, receive, send_with_headers)
+            await self._app(scope, receive_or_gone, send_with_headers)
         except ClientDisconnect:
             status = status or _CLOSED_REQUEST
         except anyio.get_cancelled_exc_class():

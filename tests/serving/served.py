@@ -107,6 +107,23 @@ class Server:
         (pid,) = [p.pid for p in self.family() if f"ServeReplica:waver:{name}" in " ".join(p.cmdline())]
         return pid
 
+    @property
+    def ray_address(self) -> str:
+        """Where this server's own Ray listens. `auto` would take any that runs here, one of another test's among them."""
+        (address,) = {
+            part.removeprefix("--gcs-address=")
+            for p in self.family()
+            for part in p.cmdline()
+            if part.startswith("--gcs-address=")
+        }
+        return address
+
+    def failures(self) -> str:
+        """What the server has logged of its own failures: each `500` is there under its reference."""
+        logs = sorted(Path(self._temporary).rglob("*.log")) + sorted(Path(self._temporary).rglob("worker-*.err"))
+        told = {text for log in logs if "failed (reference" in (text := log.read_text(errors="replace"))}
+        return "\n".join(text[text.index("failed (reference") - 200 :][:6000] for text in told)
+
     def post(self, headers: dict[str, str] | None = None, **asked: Any) -> Any:
         """`POST /generate`."""
         return self.client.post("/generate", json=asked, headers=headers)
@@ -134,7 +151,11 @@ class Counters:
 
     def __init__(self, server: Server) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, __file__], env=server.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, __file__, server.ray_address],
+            env=server.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
 
     def read(self) -> dict[str, int]:
@@ -158,7 +179,7 @@ def main() -> None:
     from ray import serve
 
     sys.path.insert(0, str(ROOT))
-    ray.init(address="auto", namespace="serve", log_to_driver=False, logging_level="ERROR")
+    ray.init(address=sys.argv[1], namespace="serve", log_to_driver=False, logging_level="ERROR")
     handles = {name: serve.get_deployment_handle(name, "waver") for name in ("base", "refiner")}
     for _ in sys.stdin:
         print(json.dumps({name: handle.steps_done.remote().result() for name, handle in handles.items()}), flush=True)

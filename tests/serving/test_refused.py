@@ -395,6 +395,6 @@ def test_after_all_that_no_answer_was_a_5xx(server: Server) -> None:
         r'waver_http_requests_total\{method="(\w+)",route="([^"]+)",status="(\d+)"\}', server.client.get("/metrics").text
     )
     assert len({route for _, route, _ in counted}) > 10
-    assert {(route, status) for _, route, status in counted if status.startswith("5")} <= {("/readyz", "503")}
+    assert {(route, status) for _, route, status in counted if status.startswith("5")} <= {("/readyz", "503")}, server.failures()
     assert server.post(prompt=PROMPT, seed=1, steps=1, kind="image", wait=True).status_code in (200, 202)
     _clear(server)

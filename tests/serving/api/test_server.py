@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import re
 
 import httpx2
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy.exc import OperationalError
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message
 
 from serving.api import create_app, health
 from serving.api.service import Service
@@ -164,3 +168,41 @@ def test_capabilities_are_the_models_and_the_servers(start: Start) -> None:
     told = client.get("/capabilities").json()
     assert told["model"] == client.service.facts.to_json() and told["model"]["default_size"] == "240x144"
     assert (told["limits"]["max_image_bytes"], told["limits"]["url_hosts"]) == (2_500_000, ["a.example"])
+
+
+@pytest.mark.parametrize(
+    "after", [b"", b'{"prompt": "A di', b'{"prompt": "A disc", "wait": true}'], ids=["nothing", "half", "waiting"]
+)
+def test_a_client_that_hangs_up_is_no_failure_of_ours_however_serve_tells_it(start: Start, after: bytes) -> None:
+    """Ray Serve may raise from `receive` when a client goes: that ends the request, and the job of a client that waited."""
+    client = start(paint=False)
+    app = create_app(client.service)
+    whole = after.endswith(b"}")
+    messages = [{"type": "http.request", "body": after, "more_body": not whole}] if after else []
+
+    async def receive() -> Message:
+        if messages:
+            return messages.pop()
+        if whole:  # it goes once its job is there
+            while client.get("/jobs").json()["data"] == []:
+                await asyncio.sleep(0.01)
+        raise ValueError("Task was cancelled")
+
+    async def send(message: Message) -> None:
+        raise AssertionError(f"nobody listens to {message}")
+
+    headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
+    asked = {"method": "POST", "path": "/generate", "raw_path": b"/generate", "query_string": b"", "headers": headers}
+    with contextlib.suppress(ClientDisconnect):
+        asyncio.run(app({"type": "http", "http_version": "1.1", "client": ("127.0.0.1", 1), **asked}, receive, send))
+    counted = re.findall(r'waver_http_requests_total\{method="POST",.*status="(\d+)"', _metrics_of(app))
+    assert counted == ["499"]
+    assert [job["state"] for job in client.get("/jobs").json()["data"]] == (["cancelled"] if whole else [])
+
+
+def _metrics_of(app: ASGIApp) -> str:
+    async def asked() -> str:
+        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://localhost") as other:
+            return (await other.get("/metrics")).text
+
+    return asyncio.run(asked())
