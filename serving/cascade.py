@@ -70,21 +70,20 @@ class UpscaleWork:
 
 @dataclass(frozen=True)
 class Upscaled:
-    """Latents of the enlarged video, those of a black image of its size, and the base model's own video as a file."""
+    """Latents of the enlarged video, and the base model's own video as a file."""
 
     latents: np.ndarray
-    black: np.ndarray
     preview: bytes
 
 
 @dataclass(frozen=True)
 class RefineWork:
-    """For the refiner."""
+    """For the refiner; the conditions are of the result's size."""
 
     plan: Plan
     text: Vectors
     latents: np.ndarray
-    black: np.ndarray
+    conditions: Conditions
 
 
 @dataclass(frozen=True)
@@ -154,18 +153,19 @@ async def generate(wish: Wish, stages: Stages, observer: Observer) -> Result:
     metadata = metadata_of(plan, prompt)
 
     async with clock.stage("encode"):
-        texts = stages.encode([prompt.prompt, plan.negative])
-        (text, negative), conditions = await asyncio.gather(texts, stages.conditions(plan.base_shape, wish.frames))
+        shapes = [plan.base_shape, plan.shape] if plan.refine else [plan.base_shape]
+        sized = asyncio.gather(*(stages.conditions(shape, wish.frames) for shape in shapes))
+        (text, negative), conditions = await asyncio.gather(stages.encode([prompt.prompt, plan.negative]), sized)
 
     async with clock.stage("base") as told:
-        latents = await result_of(stages.base(BaseWork(plan, text, negative, conditions)), told)
+        latents = await result_of(stages.base(BaseWork(plan, text, negative, conditions[0])), told)
 
     if plan.refine:
         async with clock.stage("upscale") as told:
             upscaled = await result_of(stages.upscale(UpscaleWork(plan, latents, metadata)), told)
             await observer.preview(upscaled.preview)
         async with clock.stage("refine") as told:
-            work = RefineWork(plan, text, upscaled.latents, upscaled.black)
+            work = RefineWork(plan, text, upscaled.latents, conditions[1])
             latents = await result_of(stages.refine(work), told)
 
     async with clock.stage("decode") as told:

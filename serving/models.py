@@ -81,15 +81,7 @@ class Denoiser:
     def base(self, work: BaseWork, on_step: OnStep) -> np.ndarray:
         """See `Stages.base`; raises `Stop` where `on_step` ends it."""
         plan = work.plan
-        given = {place: torch.from_numpy(z) for place, z in work.conditions.given.items()}
-        sample = Inputs(
-            plan.base_shape.latent,
-            plan.seed,
-            torch.from_numpy(work.conditions.black),
-            _tensors(work.text),
-            _tensors(work.negative),
-            given,
-        )
+        sample = _inputs(plan.base_shape, plan.seed, work.conditions, work.text, work.negative)
         guidance = Apg(scale=plan.guidance_scale, norm_threshold=plan.norm_threshold)
         (latents,) = denoise(
             self._dit,
@@ -105,7 +97,7 @@ class Denoiser:
     def refine(self, work: RefineWork, on_step: OnStep) -> np.ndarray:
         """See `Stages.refine`; raises `Stop` where `on_step` ends it."""
         plan = work.plan
-        sample = Inputs(plan.shape.latent, plan.refiner_seed, torch.from_numpy(work.black), _tensors(work.text))
+        sample = _inputs(plan.shape, plan.refiner_seed, work.conditions, work.text)
         (latents,) = sharpen(
             self._dit,
             [torch.from_numpy(work.latents)],
@@ -155,7 +147,7 @@ class Pictures:
 
             latents = self._encoded(enlarged())
             on_step(2 * plan.frames, 2 * plan.frames)
-            return Upscaled(latents, self._black(plan.height_px, plan.width_px), film.data())
+            return Upscaled(latents, film.data())
 
     def decode(self, work: DecodeWork, on_step: OnStep) -> bytes:
         """See `Stages.decode`."""
@@ -230,5 +222,7 @@ def _enlarged(frames: np.ndarray, height_px: int, width_px: int) -> np.ndarray:
     return middle(resize(frames, *covering), height_px, width_px)
 
 
-def _tensors(vectors: Vectors) -> tuple[torch.Tensor, ...]:
-    return tuple(torch.from_numpy(v) for v in vectors)
+def _inputs(shape: VideoShape, seed: int, conditions: Conditions, text: Vectors, negative: Vectors = ()) -> Inputs:
+    given = {place: torch.from_numpy(z) for place, z in conditions.given.items()}
+    words, unwanted = (tuple(torch.from_numpy(v) for v in vectors) for vectors in (text, negative))
+    return Inputs(shape.latent, seed, torch.from_numpy(conditions.black), words, unwanted, given)

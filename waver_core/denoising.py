@@ -99,9 +99,15 @@ def sharpen(
     steps: int,
     shift: float,
     noise_weight: float,
+    hold: bool = True,
     on_step: OnStep | None = None,
 ) -> list[Tensor]:
-    """Refine latents [16, T, h, w] of enlarged videos: degraded with noise by `noise_weight`, then led to clean ones (§2.2)."""
+    """Refine latents [16, T, h, w] of enlarged videos: degraded with noise by `noise_weight`, then led to clean ones (§2.2).
+
+    hold: a first frame that is given, at the size of the result, becomes that frame, as in `denoise`: where it leads to is known,
+    so the enlarged one need not be guessed from. The report says nothing of it; the refiner's own condition stays black, as in
+    its training.
+    """
     device = device_of(dit)
     weight = torch.tensor(noise_weight, device=device)
     starts = [degrade_latents(z.to(device), noise_of(s, device), weight) for z, s in zip(latents, samples, strict=True)]
@@ -111,7 +117,12 @@ def sharpen(
     def velocity(state: list[Tensor], t: Tensor) -> list[Tensor]:
         inputs = [condition(x, b) for x, b in zip(state, black)]
         out, _ = dit.velocity(inputs, texts, t.expand(len(samples)))
-        return [v.float() for v in out]
+        led = [v.float() for v in out]
+        for number, s in enumerate(samples):
+            if hold and 0 in s.given:
+                first = s.given[0].to(device) - starts[number][:, :1]
+                led[number] = torch.cat([first, led[number][:, 1:]], dim=1)
+        return led
 
     with torch.no_grad():
         out: list[Tensor] = refine(velocity, starts, steps, shift, on_step)

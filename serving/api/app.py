@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.api import errors, events, generate, health, jobs, metrics, openai_videos, pages
 from serving.api.body import Held
-from serving.api.keys import Gate, read_keys
+from serving.api.keys import Gate
 from serving.api.metrics import HttpMetrics
 from serving.api.service import Service
 from serving.api.views import NULL
@@ -86,7 +86,6 @@ class Outermost:
 
 def create_app(service: Service) -> FastAPI:
     """The whole HTTP side over one store. Raises `ConfigError` where the key file is wrong. Call it in each replica."""
-    key_file = service.settings.http.api_keys
     app = FastAPI(
         title="Waver",
         version=__version__,
@@ -97,7 +96,7 @@ def create_app(service: Service) -> FastAPI:
         generate_unique_id_function=_operation_id,
     )
     app.state.service = service
-    app.state.gate = Gate(None if key_file is None else read_keys(key_file))
+    app.state.gate = Gate(service.settings.http.api_keys)
     app.state.metrics = HttpMetrics(service)
     app.state.submitting = anyio.CapacityLimiter(SUBMITTING)
     app.state.held = Held(int(BODIES * service.settings.http.max_body_mb * 1e6))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+import logging
+import os
 import time
 from collections import deque
 from collections.abc import Callable
@@ -22,8 +24,11 @@ from serving.jobs import PRIORITIES
 from waver_core.config import Strict, validate
 from waver_core.errors import ConfigError
 
+log = logging.getLogger("waver.http")
 LOCAL = "local"
 """Owner of the jobs that come without a key."""
+LOOK_S = 2.0
+"""A change of the key file is seen after so long."""
 _WINDOW_S = 60.0
 
 
@@ -73,27 +78,48 @@ def read_keys(path: str) -> tuple[Key, ...]:
 
 
 class Gate:
-    """Lets requests in. One in each replica; its counts are not shared."""
+    """Lets requests in. One in each replica; its counts are not shared.
 
-    def __init__(self, keys: tuple[Key, ...] | None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._keys = keys
-        self._clock = clock
+    `key_file` is looked at again every few seconds, so keys come and go without a restart; one that has become wrong is told in
+    the log, and the keys of before stay. Raises `ConfigError` where it is wrong at the start. None: this machine alone.
+    """
+
+    def __init__(self, key_file: str | None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._file, self._clock = key_file, clock
+        self._stamp = _stamp(key_file) if key_file is not None else None
+        self._keys = read_keys(key_file) if key_file is not None else ()
+        self._looked_s = clock()
         self._asked: dict[str, deque[float]] = {}
 
     def admit(self, request: Request) -> Caller:
         """Who asks; raises `ApiError` 401, 403 or 429."""
-        if self._keys is None:
+        if self._file is None:
             _require_local(request)
             return Caller(LOCAL)
+        if self._clock() - self._looked_s >= LOOK_S:
+            self._look(self._file)
         key = self._key_of(request)
         self._count(key)
         return Caller(key.name, key.max_queued, PRIORITIES[key.priority_max])
+
+    def _look(self, path: str) -> None:
+        self._looked_s = self._clock()
+        stamp = _stamp(path)
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
+        try:
+            self._keys = read_keys(path)
+        except ConfigError as error:
+            log.error("%s; the keys of before stay in force", error)
+        else:
+            log.warning("http.api_keys: read again, %d keys", len(self._keys))
 
     def _key_of(self, request: Request) -> Key:
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         digest = hashlib.sha256(token.strip().encode("utf-8", "replace")).hexdigest()
         found = None
-        for key in self._keys or ():  # all of them, so that the time says nothing
+        for key in self._keys:  # all of them, so that the time says nothing
             if hmac.compare_digest(digest, key.sha256):
                 found = key
         if found is None or scheme.lower() != "bearer":
@@ -112,6 +138,15 @@ class Gate:
             message = f"The key '{key.name}' may ask {key.requests_per_minute} times a minute: try again in {wait_s} s."
             raise ApiError(429, "rate_limited", message, headers={"Retry-After": str(wait_s)})
         asked.append(now)
+
+
+def _stamp(path: str) -> tuple[int, int, int] | None:
+    """Changes with the file, also where a link to it is laid anew, as for a mounted secret."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 def _require_local(request: Request) -> None:

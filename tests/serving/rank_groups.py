@@ -48,8 +48,8 @@ async def works(stages: LocalStages, settings: Any) -> tuple[BaseWork, RefineWor
     text, negative = await stages.encode([PROMPT, "blurry"])
     conditions = await stages.conditions(made.base_shape, {0: np.full((64, 64, 3), 200, np.uint8)})
     latents = np.random.default_rng(0).standard_normal((16, *made.shape.latent)).astype(np.float32)
-    black = (await stages.conditions(made.shape, {})).black
-    return BaseWork(made, text, negative, conditions), RefineWork(made, text, latents, black)
+    larger = await stages.conditions(made.shape, {})
+    return BaseWork(made, text, negative, conditions), RefineWork(made, text, latents, larger)
 
 
 async def last_of(group: RankGroup, kind: Any, work: Any) -> np.ndarray:

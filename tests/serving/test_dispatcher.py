@@ -83,7 +83,7 @@ class FakeStages:
     def upscale(self, work: UpscaleWork) -> AsyncGenerator[Step | Done[Upscaled], None]:
         def compute(on_step: OnStep) -> Upscaled:
             self._walk("upscale", on_step)
-            return Upscaled(work.latents, work.latents[:, :1], b"preview")
+            return Upscaled(work.latents, b"preview")
 
         return stream(compute)
 

@@ -13,7 +13,7 @@ import torch
 from waver_core.backends.embedded.dct_codec import DctCodec
 from waver_core.backends.embedded.hashed_text import HashedPairs, HashedWords
 from waver_core.config import load_config
-from waver_core.denoising import noise_of
+from waver_core.denoising import noise_of, sharpen
 from waver_core.dit import DiTConfig, WaverDiT
 from waver_core.errors import UserError
 from waver_core.flow.degradation import degrade_latents
@@ -175,6 +175,26 @@ def test_refining_starts_at_the_degraded_video_and_is_conditioned_on_nothing_but
         assert not shown[32:].any()
     (alone,) = spy.refined(videos[1:], tasks[1:], steps=2, shift=1.0, noise_weight=0.9)
     assert torch.allclose(results[1], alone, atol=1e-5)
+
+
+def test_the_refiner_leads_a_given_first_frame_to_that_frame_and_its_own_video_only(
+    spy: Spy, picture: Callable[[int], np.ndarray]
+) -> None:
+    inputs = [spy.inputs(Task("a red disc", VIDEO, 7, first_frame=shown)) for shown in (picture(1), None)]
+    rng = np.random.default_rng(0)
+    starts = [torch.from_numpy(rng.standard_normal((16, *VIDEO.latent)).astype(np.float32)) for _ in inputs]
+    options: dict[str, Any] = {"steps": 3, "shift": 1.0, "noise_weight": 0.9}
+    spy.seen.clear()
+    held, other = sharpen(spy.dit, starts, inputs, **options)
+    known = inputs[0].given[0]
+    assert torch.allclose(held[:, :1], known, atol=1e-5)
+    begun = spy.seen[0][0][0][:16, :1]
+    for shown, _, t in spy.seen:  # on the way, too, it is what training showed: a mixture of degraded and clean
+        assert torch.allclose(shown[0][:16, :1], t[0] * begun + (1 - t[0]) * known, atol=1e-5)
+        assert not shown[0][32:].any()
+    free, other_again = sharpen(spy.dit, starts, inputs, hold=False, **options)
+    assert (free[:, :1] - known).abs().max() > 0.1
+    assert torch.equal(other, other_again)
 
 
 def test_a_refiner_that_knows_the_answer_finds_it(spy: Spy, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import pytest
 import yaml
 from starlette.requests import Request
 
+from serving.api import keys
 from serving.api.errors import ApiError
-from serving.api.keys import Gate, Key, read_keys
+from serving.api.keys import LOOK_S, Gate, read_keys
 from tests.serving.api.conftest import Start, written
 from waver_core.errors import ConfigError
 
@@ -125,9 +127,38 @@ def test_limits_of_a_key(start: Start, tmp_path: Path) -> None:
     assert 1 <= int(answers[-1].headers["retry-after"]) <= 61
 
 
-def test_the_window_slides() -> None:
+def test_keys_come_and_go_without_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, ann, bob = 0.0, {"name": "ann", "sha256": _sha("a")}, {"name": "bob", "sha256": _sha("b")}
+    gate, told = Gate(_file(tmp_path, ann), clock=lambda: now), list[str]()
+    monkeypatch.setattr(keys.log, "error", lambda message, *values: told.append(message % values))
+
+    def names() -> list[str]:
+        found = []
+        for key in ("a", "b"):
+            with contextlib.suppress(ApiError):
+                found.append(gate.admit(_request(authorization=f"Bearer {key}")).name)
+        return found
+
+    assert names() == ["ann"]
+    _file(tmp_path, ann, bob)
+    assert names() == ["ann"], "not looked at for every request"
+    now += LOOK_S
+    assert names() == ["ann", "bob"]
+    for wrong in ("keys: [", None):
+        path = tmp_path / "keys.yaml"
+        path.write_text(wrong) if wrong is not None else path.unlink()
+        now += LOOK_S
+        assert names() == ["ann", "bob"], "a slip of an editor locks nobody out"
+    assert len(told) == 2 and all("the keys of before stay in force" in line for line in told)
+    (tmp_path / "new.yaml").write_text(Path(_file(tmp_path, bob)).read_text())
+    (tmp_path / "new.yaml").replace(tmp_path / "keys.yaml")
+    now += LOOK_S
+    assert names() == ["bob"]
+
+
+def test_the_window_slides(tmp_path: Path) -> None:
     now = 1000.0
-    gate = Gate((Key(name="ann", sha256=_sha("a"), requests_per_minute=2),), clock=lambda: now)
+    gate = Gate(_file(tmp_path, {"name": "ann", "sha256": _sha("a"), "requests_per_minute": 2}), clock=lambda: now)
     request = _request(authorization="Bearer a")
     gate.admit(request)
     now += 40

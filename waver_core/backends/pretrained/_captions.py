@@ -12,7 +12,6 @@ from typing import Any, ClassVar, TypeGuard
 
 from waver_core.backends.contracts import STYLES, Caption, ClipView, SubAction
 from waver_core.backends.pretrained._chat import (
-    ChatBackend,
     Conversation,
     ask,
     filled,
@@ -23,6 +22,7 @@ from waver_core.backends.pretrained._chat import (
     text_part,
     wire,
 )
+from waver_core.backends.pretrained._chat_backend import ChatBackend
 from waver_core.backends.pretrained._frames import sample, span_of
 from waver_core.camera import LABELS
 from waver_core.errors import ConfigError

@@ -14,7 +14,8 @@ from threading import Lock
 from typing import Any
 
 from waver_core.backends.contracts import Rewriting
-from waver_core.backends.pretrained._chat import ChatBackend, Conversation, ask, json_object, object_schema, text_field
+from waver_core.backends.pretrained._chat import Conversation, ask, json_object, object_schema, text_field
+from waver_core.backends.pretrained._chat_backend import ChatBackend
 from waver_core.checkpoints import Checkpoint
 from waver_core.errors import ConfigError
 from waver_core.prompts import Prompt, load_prompt

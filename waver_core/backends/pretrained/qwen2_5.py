@@ -13,7 +13,8 @@ from functools import cached_property
 from typing import Any
 
 from waver_core.backends.contracts import NO_ACTION, ActionLabel
-from waver_core.backends.pretrained._chat import ChatBackend, Conversation, ask, filled, json_object, object_schema, text_field
+from waver_core.backends.pretrained._chat import Conversation, ask, filled, json_object, object_schema, text_field
+from waver_core.backends.pretrained._chat_backend import ChatBackend
 from waver_core.checkpoints import Checkpoint
 from waver_core.prompts import load_prompt
 from waver_core.registry import register
