@@ -108,6 +108,7 @@ class Dispatcher:
         try:
             async with limit:
                 result = await generate(await asyncio.to_thread(self._wish, job), self._stages, observer)
+                await observer.settle()
                 await self._complete(job, result, observer)
         except Lost:
             await self._surely(self._let_go, job)

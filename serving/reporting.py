@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from serving.jobs import Job
@@ -25,7 +28,11 @@ class Lost(Exception):
 
 
 class Reporter:
-    """Writes progress to the store, not more often than a person can see, and each stage's beginning at once."""
+    """Writes to the store what there is to tell, beside the work, which never waits for a disk before `settle`.
+
+    Progress is written not more often than a person can see, and each stage's beginning at once; the prompt and the preview in
+    the order in which they come.
+    """
 
     def __init__(
         self, job: Job, store: JobStore, settings: Settings, units: dict[str, float], rates: Rates, limit: asyncio.Timeout
@@ -37,8 +44,10 @@ class Reporter:
         self._job, self._store, self._settings = job, store, settings
         self._progress = Progress(rates.expected_s(units))
         self._stage, self._begun, self._waits = "", 0.0, False
-        self._limit = limit
-        self._news: dict[str, Any] | None = None
+        self._mine, self._limit = (job.id, job.attempt), limit
+        self._news: Callable[[], bool] | None = None
+        self._others: deque[Callable[[], bool]] = deque()
+        self._hurry = asyncio.Event()
         self._writer: asyncio.Task[None] | None = None
         self._lost = False
 
@@ -56,49 +65,73 @@ class Reporter:
         if stage in ("base", "refine") and steps > 1:
             self.steps[stage] = max(done, self.steps.get(stage, 0))
         progress = self._progress.at(stage, done, steps)
-        self._news = {"stage": stage, "step": done, "steps": steps, "progress": progress}
-        if self._lost:
-            raise Lost
-        if self._writer is None or self._writer.done():
-            self._writer = asyncio.create_task(self._write_news())
-
-    async def close(self) -> None:
-        """Nothing more is to be told."""
-        self._news = None
-        if self._writer is not None:
-            self._writer.cancel()
-            await asyncio.wait([self._writer])
-
-    async def _write_news(self) -> None:
-        """The newest of what there is to tell, until there is nothing more: the cascade does not wait for the store."""
-        while self._news is not None:
-            news, self._news = self._news, None
-            try:
-                await self._write(self._store.report, **news)
-            except Lost:
-                self._lost = True
-                return
-            await asyncio.sleep(_WRITE_EVERY_S)
+        values: dict[str, Any] = {"stage": stage, "step": done, "steps": steps, "progress": progress}
+        self._news = partial(self._store.report, *self._mine, **values)
+        self._tell()
 
     async def rewritten(self, prompt: Rewritten) -> None:
         """See `serving.cascade.Observer`."""
         told = {"prompt": prompt.prompt, "original_prompt": prompt.original, "rewritten_by": prompt.by}
-        await self._write(self._store.resolve, told | {"rewrite_fell_back": prompt.fell_back})
+        self._others.append(partial(self._store.resolve, *self._mine, told | {"rewrite_fell_back": prompt.fell_back}))
+        self._tell()
 
     async def preview(self, data: bytes) -> None:
         """See `serving.cascade.Observer`."""
         name = f"jobs/{self._job.id}/preview-{self._job.attempt}.{'png' if self.plan.kind == 'image' else 'mp4'}"
-        await asyncio.to_thread(write_atomic, join(self._settings.storage.folder, name), data)
-        await self._write(self._store.preview, name)
 
-    async def _write(self, method: Callable[..., bool], *args: Any, **values: Any) -> None:
-        try:
-            ours = await asyncio.to_thread(method, self._job.id, self._job.attempt, *args, **values)
-        except Exception:
-            log.exception("progress of job %s could not be written", self._job.id)  # no reason to throw its work away
-            return
-        if not ours:
+        def write() -> bool:
+            write_atomic(join(self._settings.storage.folder, name), data)
+            return self._store.preview(*self._mine, name)
+
+        self._others.append(write)
+        self._tell()
+
+    async def settle(self) -> None:
+        """Until everything is written that must not come after the job's end. Raises `Lost`."""
+        self._news = None
+        self._hurry.set()
+        if self._writer is not None:
+            await self._writer
+        if self._lost:
             raise Lost
+
+    async def close(self) -> None:
+        """Nothing more is to be told."""
+        self._news = None
+        self._others.clear()
+        if self._writer is not None:
+            self._writer.cancel()
+            await asyncio.wait([self._writer])
+
+    def _tell(self) -> None:
+        if self._lost:
+            raise Lost
+        if self._others:
+            self._hurry.set()
+        if self._writer is None or self._writer.done():
+            self._writer = asyncio.create_task(self._write())
+
+    async def _write(self) -> None:
+        """All there is to tell, of progress only the newest, until there is nothing more."""
+        while self._others or self._news is not None:
+            if self._others:
+                write = self._others.popleft()
+            else:
+                assert self._news is not None
+                write, self._news = self._news, None
+                self._hurry.clear()
+            try:
+                ours = await asyncio.to_thread(write)
+            except Exception:
+                log.exception("progress of job %s could not be written", self._job.id)  # no reason to throw its work away
+                continue
+            if not ours:
+                self._lost = True
+                return
+            if not self._others:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_WRITE_EVERY_S):
+                        await self._hurry.wait()
 
 
 def plan_of(job: Job) -> Plan:

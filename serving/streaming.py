@@ -13,8 +13,9 @@ from typing import Any, Generic, TypeVar
 from waver_core.flow.sampler import Stop
 
 T = TypeVar("T")
-EVERY_S = 0.05
-"""Steps that follow one another faster are not all told of: each costs a message between processes, and nobody sees them."""
+EVERY_S = 0.2
+"""Steps that follow one another faster are not all told of: each costs a message between processes (some 4 ms), and nobody sees
+them."""
 OnStep = Callable[..., bool]
 """`on_step(done, steps)`: False asks to stop; further arguments are ignored, so that a sampler may call it."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -178,6 +179,28 @@ def test_a_job_is_made_with_its_preview_its_prompt_and_its_times(house: House) -
     assert job.resolved["prompt"].endswith("!") and job.resolved["rewritten_by"] == "fake-1"
     assert list(job.stage_seconds) == ["rewrite", "encode", "base", "upscale", "refine", "decode"]
     assert house.store.step_counts()["base"] == 5 and house.store.stage_histogram()["base"].count == 1
+
+
+def test_no_stage_waits_for_a_slow_store_but_the_job_ends_after_all_that_was_told(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id, decoded, preview = house.submit(), threading.Event(), house.store.preview
+    in_time: list[bool] = []
+
+    class Stages(FakeStages):
+        def decode(self, work: DecodeWork) -> AsyncGenerator[Step | Done[bytes], None]:
+            decoded.set()
+            return super().decode(work)
+
+    def slow(*told: Any) -> bool:
+        in_time.append(decoded.wait(5))  # the last stage begins while this is still being written
+        time.sleep(0.2)
+        return preview(*told)
+
+    monkeypatch.setattr(house.store, "preview", slow)
+    run([house.dispatcher(Stages())], lambda: house.job(job_id).ended)
+    job = house.job(job_id)
+    assert in_time == [True] and job.state == "completed" and job.preview == f"jobs/{job_id}/preview-1.mp4"
 
 
 def test_a_dead_worker_begins_the_job_again(house: House) -> None:
