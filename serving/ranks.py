@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 import os
 import socket
@@ -47,7 +48,7 @@ class Rank:
     def __init__(self, checkpoint: Checkpoint, cascade: Cascade, options: Deployment, rank: int) -> None:
         torch.set_num_threads(options.threads or max(1, int(options.cpus)))
         self._checkpoint, self._cascade, self._options, self._rank = checkpoint, cascade, options, rank
-        self._stop = False
+        self._stopped_run = 0
 
     def address(self) -> str:
         """A free port of this rank's node, to meet at."""
@@ -72,20 +73,17 @@ class Rank:
         self._control = dist.new_group(backend="gloo", timeout=timeout)
         self._denoiser = Denoiser(self._checkpoint, self._cascade, sequence, branches)
 
-    async def run(self, kind: Kind, work: BaseWork | RefineWork) -> AsyncGenerator[Step | Done[Any], None]:
-        """Steps and, last, the latents; of all ranks but the first only that they are done."""
-        try:
-            async for item in stream(partial(self._compute, kind, work)):
-                if self._rank == 0:
-                    yield item
-                elif isinstance(item, Done):
-                    yield Done(None)
-        finally:
-            self._stop = False  # here, not at the start: a `stop` may overtake the `run` that it is for
+    async def run(self, number: int, kind: Kind, work: BaseWork | RefineWork) -> AsyncGenerator[Step | Done[Any], None]:
+        """Steps and, last, the latents; of all ranks but the first only that they are done. `number`: of this run, from 1."""
+        async for item in stream(partial(self._compute, number, kind, work)):
+            if self._rank == 0:
+                yield item
+            elif isinstance(item, Done):
+                yield Done(None)
 
-    async def stop(self) -> None:
-        """End the loop before its next step; to be told to the first rank."""
-        self._stop = True
+    async def stop(self, number: int) -> None:
+        """End that run before its next step; to be told to the first rank. It may come before its run, or after it."""
+        self._stopped_run = number
 
     async def process_id(self) -> int:
         """Of this rank; an answer shows that it lives."""
@@ -95,9 +93,9 @@ class Rank:
         """See `Denoiser.steps_done`."""
         return self._denoiser.steps_done
 
-    def _compute(self, kind: Kind, work: Any, on_step: OnStep) -> Any:
+    def _compute(self, number: int, kind: Kind, work: Any, on_step: OnStep) -> Any:
         def agreed(done: int, steps: int, *_: Any) -> bool:
-            go_on = torch.tensor([int(on_step(done, steps) and not self._stop)])
+            go_on = torch.tensor([int(on_step(done, steps) and self._stopped_run != number)])
             dist.broadcast(go_on, src=0, group=self._control)
             return bool(go_on.item())
 
@@ -113,6 +111,7 @@ class RankGroup:
         self.built = 0
         """Times that the group was built."""
         self._ranks: list[Any] = []
+        self._runs = 0
         self._turn, self._building = asyncio.Lock(), asyncio.Lock()
 
     async def run(self, kind: Kind, work: BaseWork | RefineWork) -> AsyncGenerator[Step | Done[Any], None]:
@@ -122,8 +121,10 @@ class RankGroup:
                 await self.ready()
             except Exception as error:
                 raise GroupBroken(f"a group could not be built: {_one_line(error)}") from error
-            shared = ray.put(work)  # once, not once for each rank
-            outputs = [rank.run.options(num_returns="streaming").remote(kind, shared) for rank in self._ranks]
+            self._runs += 1
+            # In a context without Ray's: else these calls are children of the call that Serve runs now, and a cancellation of
+            # that one would reach every rank at a step of its own, where only `stop` can let them end together.
+            outputs = contextvars.Context().run(self._start, self._runs, kind, ray.put(work))
             others = [asyncio.ensure_future(_drained(output)) for output in outputs[1:]]
             ended = False
             try:
@@ -145,6 +146,9 @@ class RankGroup:
                     await _despite_cancellation(self._stopped(outputs, others))
                 for other in others:
                     other.cancel()
+
+    def _start(self, number: int, kind: Kind, shared: Any) -> list[Any]:
+        return [rank.run.options(num_returns="streaming").remote(number, kind, shared) for rank in self._ranks]
 
     @property
     def busy(self) -> bool:
@@ -217,7 +221,7 @@ class RankGroup:
     async def _stopped(self, outputs: list[Any], others: Sequence[asyncio.Future[None]]) -> None:
         """Ask the first rank to stop and wait until all have; a group that does not is poisoned."""
         try:
-            await self._ranks[0].stop.remote()
+            await contextvars.Context().run(lambda: self._ranks[0].stop.remote(self._runs))
             ends = asyncio.gather(_drained(outputs[0]), *others, return_exceptions=True)
             told = await asyncio.wait_for(ends, min(_CLOSING_S + self.options.step_timeout_s, 2 * self.options.step_timeout_s))
             for error in told:
