@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, Literal
 
 import numpy as np
+import ray
 import torch
 from fastapi import FastAPI
 from ray import serve
@@ -28,6 +29,7 @@ from serving.rewriting import Rewritten, make_rewriter
 from serving.settings import Cascade, Deployment, Settings
 from serving.store import JobStore
 from serving.streaming import Done, Step, stream
+from serving.vitals import Vitals
 from serving.webhooks import Webhooks
 from waver_core.backends.contracts import Rewriting
 from waver_core.errors import UserError
@@ -35,10 +37,6 @@ from waver_core.shapes import VideoShape
 
 Readiness = Callable[[], Awaitable[dict[str, str]]]
 """Deployment -> "ready", or why it is not."""
-
-
-class ReplicaBroken(Exception):
-    """The GPU of a replica can no longer be trusted; Serve replaces it, and the job may be begun again."""
 
 
 @serve.ingress()
@@ -61,12 +59,18 @@ class RewriterDeployment:
     """Prompts (Waver §4.6)."""
 
     def __init__(self, settings: Settings) -> None:
-        self._rewriter = make_rewriter(settings.rewriting)
+        self._vitals = Vitals(settings.deployments.rewriter.step_timeout_s)
+        self._rewriter = make_rewriter(settings.rewriting, fatal=torch.AcceleratorError)
         self._rewriter.rewrite(Rewriting("A red disc.", 5.0))  # reads its dictionaries now, not under the first request
 
     async def rewrite(self, request: Rewriting, enabled: bool) -> Rewritten:
         """See `Stages.rewrite`; in a thread, for it may wait for an endpoint."""
-        return await asyncio.to_thread(rewritten, self._rewriter, request, enabled)
+        with self._vitals.working():
+            return await asyncio.to_thread(rewritten, self._rewriter, request, enabled)
+
+    async def check_health(self) -> None:
+        """See `Vitals`."""
+        self._vitals.check()
 
 
 class TextDeployment:
@@ -74,49 +78,54 @@ class TextDeployment:
 
     def __init__(self, checkpoint: Checkpoint, options: Deployment) -> None:
         _set_threads(options)
+        self._vitals = Vitals(options.step_timeout_s)
         self._texts = TextEncoders(checkpoint)
+        # Loads the weights: a replica is not ready before, and calls from several threads would load them several times.
+        self._texts.encode(["A red disc."])
 
     async def encode(self, texts: Sequence[str]) -> list[Vectors]:
         """See `Stages.encode`."""
-        return await asyncio.to_thread(self._texts.encode, texts)
+        with self._vitals.working():
+            return await asyncio.to_thread(self._texts.encode, texts)
+
+    async def check_health(self) -> None:
+        """See `Vitals`."""
+        self._vitals.check()
 
 
 class NetworkDeployment:
     """The base model or the refiner, in this process or in a group of ranks."""
 
     def __init__(self, kind: Literal["base", "refine"], checkpoint: Checkpoint, cascade: Cascade, options: Deployment) -> None:
-        self._kind, self._turn = kind, asyncio.Lock()
+        self._kind, self._turn, self._vitals = kind, asyncio.Lock(), Vitals(options.step_timeout_s)
         self._group = RankGroup(checkpoint, cascade, options) if options.ranks > 1 else None
         if self._group is None:
             _set_threads(options)
             self._denoiser = Denoiser(checkpoint, cascade)
 
-    async def run(self, work: BaseWork | RefineWork) -> AsyncGenerator[Step | Done[np.ndarray], None]:
+    async def run(self, work: BaseWork | RefineWork, owner: Any = None) -> AsyncGenerator[Step | Done[np.ndarray], None]:
         """Steps and, last, the latents; cancelling the call stops the loop between two steps, on every rank."""
         if self._group is not None:
             steps = self._group.run(self._kind, work)
         else:
             model: Callable[..., np.ndarray] = self._denoiser.base if self._kind == "base" else self._denoiser.refine
             steps = stream(partial(model, work))
-        try:
-            # Serve frees a cancelled call's place at once; the thread behind it may still be in its last step.
-            async with self._turn, contextlib.aclosing(steps):
-                async for item in steps:
-                    yield item
-        except torch.AcceleratorError as error:
-            raise ReplicaBroken(f"{type(error).__name__}: {error}") from error
+        # Serve frees a cancelled call's place at once; the thread behind it may still be in its last step.
+        async with self._turn, contextlib.aclosing(self._vitals.steps(steps, owner)) as watched:
+            async for item in watched:
+                yield item
 
     async def steps_done(self) -> int:
         """Network steps since the start: stands still while nothing is computed."""
         return await self._group.steps_done() if self._group is not None else self._denoiser.steps_done
 
     async def check_health(self) -> None:
-        """Build a poisoned group anew while nothing else happens. A group that cannot be built, or a GPU whose context an earlier
-        error has spoiled, makes the replica unhealthy, and Serve replaces it."""
-        if self._group is not None and not self._group.busy:
+        """Build a poisoned group anew while nothing else happens. One that cannot be built makes the replica unhealthy, and Serve
+        replaces it. A single process: see `Vitals`."""
+        if self._group is None:
+            self._vitals.check()
+        elif not self._group.busy:
             await self._group.ready()
-        if self._group is None and torch.cuda.is_available():
-            torch.cuda.default_stream().query()  # raises after an error, waits for nothing
 
 
 class AutoencoderDeployment:
@@ -124,7 +133,9 @@ class AutoencoderDeployment:
 
     def __init__(self, checkpoint: Checkpoint, cascade: Cascade, options: Deployment) -> None:
         _set_threads(options)
-        self._pictures, self._turn = Pictures(checkpoint, cascade), asyncio.Lock()
+        self._pictures, self._turn, self._vitals = Pictures(checkpoint, cascade), asyncio.Lock(), Vitals(options.step_timeout_s)
+        height_px, width_px = checkpoint.recipe["video_sizes"][0]
+        self._pictures.conditions(VideoShape(1, height_px, width_px), {})  # loads the weights: it is not ready before
 
     async def conditions(self, shape: VideoShape, frames: Mapping[int, np.ndarray]) -> Conditions:
         """See `Stages.conditions`; without given frames it does not wait behind another job's decoding."""
@@ -132,26 +143,34 @@ class AutoencoderDeployment:
         if black is not None and not frames:
             return Conditions(black, {})
         async with self._turn:
-            return await asyncio.to_thread(self._pictures.conditions, shape, frames)
+            with self._vitals.working():
+                return await asyncio.to_thread(self._pictures.conditions, shape, frames)
 
-    async def upscale(self, work: UpscaleWork) -> AsyncGenerator[Step | Done[Upscaled], None]:
+    async def upscale(self, work: UpscaleWork, owner: Any = None) -> AsyncGenerator[Step | Done[Upscaled], None]:
         """See `Stages.upscale`."""
-        async with self._turn, contextlib.aclosing(stream(partial(self._pictures.upscale, work))) as steps:
+        steps = self._vitals.steps(stream(partial(self._pictures.upscale, work)), owner)
+        async with self._turn, contextlib.aclosing(steps):
             async for item in steps:
                 yield item
 
-    async def decode(self, work: DecodeWork) -> AsyncGenerator[Step | Done[bytes], None]:
+    async def decode(self, work: DecodeWork, owner: Any = None) -> AsyncGenerator[Step | Done[bytes], None]:
         """See `Stages.decode`."""
-        async with self._turn, contextlib.aclosing(stream(partial(self._pictures.decode, work))) as steps:
+        steps = self._vitals.steps(stream(partial(self._pictures.decode, work)), owner)
+        async with self._turn, contextlib.aclosing(steps):
             async for item in steps:
                 yield item
+
+    async def check_health(self) -> None:
+        """See `Vitals`."""
+        self._vitals.check()
 
 
 class ServeStages:
-    """See `serving.cascade.Stages`: every stage is a call of a deployment."""
+    """See `serving.cascade.Stages`: every stage is a call of a deployment. `owner`: the actor that calls."""
 
-    def __init__(self, rewriter: Any, text: Any, base: Any, refiner: Any, autoencoder: Any) -> None:
-        self._rewriter, self._text, self._base, self._refiner, self._autoencoder = rewriter, text, base, refiner, autoencoder
+    def __init__(self, owner: Any, rewriter: Any, text: Any, base: Any, refiner: Any, autoencoder: Any) -> None:
+        self._owner, self._rewriter, self._text, self._autoencoder = owner, rewriter, text, autoencoder
+        self._base, self._refiner = base, refiner
 
     async def rewrite(self, request: Rewriting, enabled: bool) -> Rewritten:
         """See `Stages`."""
@@ -170,19 +189,19 @@ class ServeStages:
 
     def base(self, work: BaseWork) -> AsyncGenerator[Step | Done[np.ndarray], None]:
         """See `Stages`."""
-        return _called(self._base.options(stream=True).run, work)
+        return _called(self._base.options(stream=True).run, work, self._owner)
 
     def upscale(self, work: UpscaleWork) -> AsyncGenerator[Step | Done[Upscaled], None]:
         """See `Stages`."""
-        return _called(self._autoencoder.options(stream=True).upscale, work)
+        return _called(self._autoencoder.options(stream=True).upscale, work, self._owner)
 
     def refine(self, work: RefineWork) -> AsyncGenerator[Step | Done[np.ndarray], None]:
         """See `Stages`."""
-        return _called(self._refiner.options(stream=True).run, work)
+        return _called(self._refiner.options(stream=True).run, work, self._owner)
 
     def decode(self, work: DecodeWork) -> AsyncGenerator[Step | Done[bytes], None]:
         """See `Stages`."""
-        return _called(self._autoencoder.options(stream=True).decode, work)
+        return _called(self._autoencoder.options(stream=True).decode, work, self._owner)
 
 
 class DispatcherDeployment:
@@ -192,7 +211,8 @@ class DispatcherDeployment:
         logging.getLogger("waver").setLevel(logging.INFO)
         store = JobStore(settings.database_url)
         webhooks = Webhooks(store, settings.http, view)
-        self._dispatcher = Dispatcher(store, ServeStages(*handles), settings, webhooks, retryable)
+        stages = ServeStages(ray.get_runtime_context().current_actor, *handles)
+        self._dispatcher = Dispatcher(store, stages, settings, webhooks, retryable)
         self._task: asyncio.Task[None] | None = None
 
     async def reconfigure(self, _: Any) -> None:
@@ -222,13 +242,13 @@ class DispatcherDeployment:
 def retryable(error: BaseException) -> bool:
     """Whether a worker failed rather than the request: then the job is begun again."""
     if isinstance(error, RayTaskError):
-        return isinstance(error.cause, GroupBroken | ReplicaBroken | RayError)
-    return isinstance(error, GroupBroken | ReplicaBroken | RayError | RayServeException)
+        return isinstance(error.cause, GroupBroken | RayError)
+    return isinstance(error, GroupBroken | RayError | RayServeException)
 
 
-async def _called(method: Any, work: Any) -> AsyncGenerator[Any, None]:
+async def _called(method: Any, work: Any, owner: Any) -> AsyncGenerator[Any, None]:
     """A streaming call of a deployment; closing it cancels the call there."""
-    response, ended = method.remote(work), False
+    response, ended = method.remote(work, owner), False
     try:
         async for item in response:
             ended = isinstance(item, Done)

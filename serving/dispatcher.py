@@ -22,7 +22,7 @@ import numpy as np
 from serving.cascade import Result, Stages, Wish, generate
 from serving.housekeeping import sweep, tidy
 from serving.jobs import Job
-from serving.plan import checkpoints
+from serving.plan import Plan, checkpoints
 from serving.progress import Rates, work
 from serving.reporting import Lost, Reporter, plan_of
 from serving.rewriting import Rewritten
@@ -53,6 +53,7 @@ class Dispatcher:
         self._name = f"dispatcher-{uuid.uuid4().hex[:12]}"
         base, refiner = checkpoints(settings)
         self._models = base.model, refiner.model if refiner else None
+        self._labels = base.label, refiner.label if refiner else None
         self._rates = Rates()
         self._claims, self._woken = itertools.count(), asyncio.Event()
         self._running: dict[str, tuple[Job, asyncio.Task[None]]] = {}
@@ -104,14 +105,21 @@ class Dispatcher:
     async def _job(self, job: Job) -> None:
         """One attempt at one job, whatever comes of it."""
         limit = asyncio.timeout(self._settings.queue.max_run_s)
-        observer = Reporter(job, self._store, self._settings, self._units(job), self._rates, limit)
         try:
+            observer = Reporter(job, self._store, self._settings, self._units(job), self._rates, limit)
+        except (KeyError, TypeError) as error:
+            log.error("job %s is of another version: %s", job.id, _one_line(error))
+            message = "it was accepted by another version of the server: send it again"
+            await self._surely(self._store.fail, job.id, job.attempt, "impossible", message)
+            return
+        try:
+            self._require_its_models(observer.plan)
             async with limit:
                 result = await generate(await asyncio.to_thread(self._wish, job), self._stages, observer)
                 await observer.settle()
                 await self._complete(job, result, observer)
         except Lost:
-            await self._surely(self._let_go, job)
+            await asyncio.shield(self._surely(self._let_go, job))
         except asyncio.CancelledError as error:
             if (task := asyncio.current_task()) is not None and task.cancelling():
                 await asyncio.shield(self._surely(self._let_go, job))
@@ -121,7 +129,10 @@ class Dispatcher:
             await self._fail(job, observer, "impossible", str(error))
         except Exception as error:
             if limit.expired():
-                message = f"the job ran longer than {self._settings.queue.max_run_s:g} s and was stopped"
+                queue = self._settings.queue
+                message = f"the job ran longer than {queue.max_run_s:g} s and was stopped"
+                if observer.waiting:
+                    message = f"no part of the server was free for the job for {queue.max_wait_s:g} s"
                 await self._fail(job, observer, "timeout", message)
             elif self._retryable(error):
                 await self._begin_again(job, error)
@@ -135,15 +146,25 @@ class Dispatcher:
             for stage, steps in observer.steps.items():
                 await asyncio.shield(asyncio.to_thread(self._store.add_steps, stage, steps))
 
+    def _require_its_models(self, plan: Plan) -> None:
+        """A queue outlives its server; what this one serves may not be what the job was accepted, and is labelled, for."""
+        asked, served = (plan.checkpoint, plan.refiner_checkpoint if plan.refine else None), self._labels
+        if asked[0] != served[0] or (asked[1] is not None and asked[1] != served[1]):
+            raise UserError("the server has other checkpoints by now than when it accepted this: send it again")
+
     async def _fail(self, job: Job, observer: Reporter, code: str, message: str) -> None:
-        await self._surely(self._store.fail, job.id, job.attempt, code, " ".join(message.split()), observer.seconds)
+        write = self._surely(self._store.fail, job.id, job.attempt, code, " ".join(message.split()), observer.seconds)
+        await asyncio.shield(write)
 
     async def _begin_again(self, job: Job, error: BaseException) -> None:
         log.warning("job %s, attempt %d: %s", job.id, job.attempt, _one_line(error))
-        await asyncio.sleep(_RETRY_AFTER_S)  # replicas need a moment to be replaced
         message = "a worker of the server died under the job, more often than it is begun anew"
         attempts = self._settings.queue.max_attempts
-        await self._surely(self._store.retry, job.id, job.attempt, attempts, "worker_lost", message)
+        try:
+            await asyncio.sleep(_RETRY_AFTER_S)  # replicas need a moment to be replaced
+        finally:  # also where the dispatcher ends meanwhile
+            again = self._surely(self._store.retry, job.id, job.attempt, attempts, "worker_lost", message)
+            await asyncio.shield(again)
 
     async def _surely(self, write: Callable[..., T], *args: Any, **values: Any) -> T:
         """Write to the store; where it is away, again after a while, for as long as the job's heartbeat may last."""

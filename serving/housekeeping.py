@@ -9,7 +9,7 @@ from pathlib import Path
 
 from serving.settings import Settings, Storage
 from serving.store import JobStore
-from waver_core.storage import join, local_path, remove
+from waver_core.storage import join, local_path, remove, write_atomic
 
 log = logging.getLogger("waver.dispatcher")
 _ORPHAN_AFTER_S = 3600.0
@@ -30,17 +30,20 @@ def tidy(store: JobStore, settings: Settings) -> None:
 
 
 def sweep(store: JobStore, storage: Storage) -> None:
-    """Delete folders of no job, an hour old: left by a server that was killed between writing pictures and accepting the job, or
-    between forgetting a job and deleting its files. The first store that a folder was used with owns it; another's is left alone.
+    """Delete folders of no job or of an expired one, an hour old: left by a server that was killed between writing pictures and
+    accepting the job, or between expiring or forgetting a job and deleting its files. The first store that a folder was used with
+    owns it; another's is left alone.
     """
     folder = Path(local_path(join(storage.folder, "jobs")))
     folder.mkdir(parents=True, exist_ok=True)
     owner = folder / _OWNER
     if not owner.exists():
-        owner.write_text(store.identity)
+        write_atomic(str(owner), store.identity)
     if owner.read_text() != store.identity:
         log.warning("%s belongs to another job store: folders without a job are left there", folder)
         return
     for found in folder.glob("job_*"):
-        if found.stat().st_mtime < time.time() - _ORPHAN_AFTER_S and store.get(found.name) is None:
-            shutil.rmtree(found, ignore_errors=True)
+        if found.stat().st_mtime < time.time() - _ORPHAN_AFTER_S:
+            job = store.get(found.name)
+            if job is None or job.state == "expired":
+                shutil.rmtree(found, ignore_errors=True)

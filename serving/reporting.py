@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -43,7 +42,9 @@ class Reporter:
         """Network steps so far, of this attempt."""
         self._job, self._store, self._settings = job, store, settings
         self._progress = Progress(rates.expected_s(units))
-        self._stage, self._begun, self._waits = "", 0.0, False
+        self._stage, self._begun = "", 0.0
+        self._left_s: float | None = None
+        """While it waits for a replica: what was left of the time it may compute."""
         self._mine, self._limit = (job.id, job.attempt), limit
         self._news: Callable[[], bool] | None = None
         self._others: deque[Callable[[], bool]] = deque()
@@ -53,21 +54,27 @@ class Reporter:
 
     async def step(self, stage: str, done: int, steps: int) -> None:
         """See `serving.cascade.Observer`."""
-        now = time.monotonic()
+        now = asyncio.get_running_loop().time()
         if stage != self._stage:
-            self._stage, self._begun, self._waits = stage, now, True
-        elif self._waits:  # the first step: until now it waited for a free replica
-            self._waits = False
-            if (when := self._limit.when()) is not None:
-                self._limit.reschedule(when + now - self._begun)
-            self._begun = now
+            self._stage, self._begun = stage, now
+            if self._left_s is None:
+                self._left_s = (self._limit.when() or now) - now
+            self._limit.reschedule(now + self._settings.queue.max_wait_s)
+        elif self._left_s is not None:  # the first step: until now it waited for a free replica
+            self._limit.reschedule(now + self._left_s)
+            self._begun, self._left_s = now, None
         self.seconds[stage] = now - self._begun
-        if stage in ("base", "refine") and steps > 1:
+        if stage in ("base", "refine") and done:
             self.steps[stage] = max(done, self.steps.get(stage, 0))
         progress = self._progress.at(stage, done, steps)
         values: dict[str, Any] = {"stage": stage, "step": done, "steps": steps, "progress": progress}
         self._news = partial(self._store.report, *self._mine, **values)
         self._tell()
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a stage has begun of which no step was told yet."""
+        return self._left_s is not None
 
     async def rewritten(self, prompt: Rewritten) -> None:
         """See `serving.cascade.Observer`."""

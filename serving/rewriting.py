@@ -40,21 +40,29 @@ class _Unusable(Exception):
 
 
 class Rewriter:
-    """Rewrites one prompt at a call; calls may come from several threads. `backend` None leaves prompts as they are."""
+    """Rewrites one prompt at a call; calls may come from several threads. `backend` None leaves prompts as they are.
 
-    def __init__(self, backend: PromptRewriter | None, settings: RewritingSettings) -> None:
+    fatal: an error after which this process can rewrite nothing any more; it comes through.
+    """
+
+    def __init__(
+        self, backend: PromptRewriter | None, settings: RewritingSettings, fatal: type[Exception] | tuple[()] = ()
+    ) -> None:
         self.backend, self._timeout_s, self._max_chars = backend, settings.timeout_s, settings.max_chars
+        self._fatal = fatal
         self._stuck = 0
         self._lock = threading.Lock()
 
     def rewrite(self, request: Rewriting) -> Rewritten:
-        """The prompt to generate from; never raises for what a backend does, and returns within `timeout_s`."""
+        """The prompt to generate from; raises nothing but `fatal` for what a backend does, and returns within `timeout_s`."""
         if self.backend is None:
             return Rewritten(request.tagged(request.prompt), request.prompt)
         try:
             return Rewritten(
                 self._checked(self._answer(self.backend, request), request), request.prompt, self.backend.fingerprint
             )
+        except self._fatal:
+            raise
         except Exception as error:
             _log.warning("a prompt is used as it was written: %s: %s", type(error).__name__, error)
             return Rewritten(request.tagged(request.prompt), request.prompt, fell_back=reason_of(error))
@@ -108,12 +116,12 @@ class _Call:
         self.late = False
 
 
-def make_rewriter(settings: RewritingSettings) -> Rewriter:
+def make_rewriter(settings: RewritingSettings, fatal: type[Exception] | tuple[()] = ()) -> Rewriter:
     """The rewriter of a configuration; raises `ConfigError` for a backend or an option that is not known."""
     if settings.backend is None:
         return Rewriter(None, settings)
     options = {"max_chars": settings.max_chars, **settings.options}
-    return Rewriter(create("prompt_rewriter", settings.backend, **options), settings)
+    return Rewriter(create("prompt_rewriter", settings.backend, **options), settings, fatal)
 
 
 def reason_of(error: Exception) -> str:

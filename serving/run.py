@@ -14,8 +14,11 @@ from waver_core.ray_environment import prepare_private_cluster
 
 prepare_private_cluster()  # before Ray is imported
 
+import errno
 import logging
+import os
 import signal
+import socket
 import threading
 from typing import Annotated
 
@@ -28,6 +31,7 @@ from serving.arguments import Arguments, settings_of
 from serving.plan import facts
 from waver_core.command_line import ConfigPath, Profiles, Sets, new_console
 from waver_core.command_line import run as run_command_line
+from waver_core.errors import UserError
 from waver_core.ray_environment import init_options
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -49,6 +53,8 @@ def main(
     names = ",".join(profile or ["embedded"])
     settings = settings_of(Arguments(config=config, profile=names, set=overrides or [], base=base, refiner=refiner))
     known = facts(settings)  # what is wrong with a checkpoint is said before Ray starts
+    if not os.environ.get("RAY_ADDRESS"):
+        _require_free(host, port)
     stop, starting = threading.Event(), True
     console = new_console()
     console.print(f"Starting Ray Serve with {known.base}" + (f" and {known.refiner}" if known.refiner else ""))
@@ -69,6 +75,17 @@ def main(
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+def _require_free(host: str, port: int) -> None:
+    """Ray's proxies share a port with whoever else would: two servers would answer every other request each."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what a server has just left is free
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            reason = "is taken" if error.errno == errno.EADDRINUSE else f"cannot be listened at ({error.strerror})"
+            raise UserError(f"{host}:{port} {reason}: end the server that is there, or choose another with --port") from None
 
 
 def _interrupt() -> None:

@@ -180,13 +180,18 @@ class JobStore(Upkeep, Events, Measures):
         return job is not None
 
     def complete(self, job_id: str, attempt: int, *, output: str, stage_seconds: Mapping[str, float], expires_at: float) -> bool:
-        """The result is there. True for one caller, once: who gets False deletes its file. Wins over a cancellation asked for."""
+        """The result is there. True for one file, once: who gets False deletes its own. Wins over a cancellation asked for.
+
+        May be called again where the answer was lost: the database may have kept what it never confirmed.
+        """
         with self.write() as connection:
-            job = locked_attempt(connection, job_id, attempt)
-            if job is not None:
+            job = locked(connection, job_id)
+            if job is None or job.attempt != attempt:
+                return False
+            if job.state == "in_progress":
                 made = {"output": output, "stage_seconds": dict(stage_seconds), "expires_at": expires_at}
-                end(connection, job, "completed", self.clock(), stage=None, progress=1.0, **made)
-        return job is not None
+                job = end(connection, job, "completed", self.clock(), stage=None, progress=1.0, **made)
+            return job.state == "completed" and job.output == output
 
     def fail(self, job_id: str, attempt: int, code: str, message: str, stage_seconds: Mapping[str, float] = {}) -> bool:
         """The job cannot be done. False: not this attempt's any more."""
@@ -246,11 +251,11 @@ class JobStore(Upkeep, Events, Measures):
         owner: str | None = None,
         *,
         limit: int = 20,
-        after: str | None = None,
+        after: str | tuple[float, str] | None = None,
         order: Literal["desc", "asc"] = "desc",
         states: tuple[State, ...] | None = None,
     ) -> Jobs:
-        """Jobs by the time they came, newest first; `after`: those that follow this job in that order.
+        """Jobs by the time they came, newest first; `after`: those that follow this job, or (time, id) of one, in that order.
 
         Raises `UserError` where `after` is no job (of this owner): a page that is silently the first would repeat for ever.
         """
@@ -260,7 +265,7 @@ class JobStore(Upkeep, Events, Measures):
         when, which = JOBS.c.created_at, JOBS.c.id
         query = query.order_by(when.desc(), which.desc()) if order == "desc" else query.order_by(when, which)
         with self.read() as connection:
-            if after is not None:
+            if isinstance(after, str):
                 mark = select(when).where(which == after)
                 at = (
                     connection.scalar(mark if owner is None else mark.where(JOBS.c.owner == owner))
@@ -269,6 +274,9 @@ class JobStore(Upkeep, Events, Measures):
                 )
                 if at is None:
                     raise UserError(f"after: there is no job {after!r} to go on from; leave it out to begin with the first page")
+                after = at, after
+            if after is not None:
+                at, after = after
                 beyond = (when < at, which < after) if order == "desc" else (when > at, which > after)
                 query = query.where(or_(beyond[0], and_(when == at, beyond[1])))
             return [to_job(row) for row in connection.execute(query.limit(limit)).mappings()]

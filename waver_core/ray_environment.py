@@ -18,6 +18,8 @@ def prepare_private_cluster() -> None:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else every actor pool prints a warning meant for Ray's authors
+    # A replica that fails its health checks cannot be trusted to end its work: its GPUs are needed by the one that replaces it.
+    os.environ.setdefault("RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS", "1")
     # Ray listens on more than loopback: guard the cluster by a token of its own, and leave no token file in the home.
     if os.environ.setdefault("RAY_AUTH_MODE", "token") == "token" and "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

@@ -149,6 +149,14 @@ def test_completion(store: JobStore, clock: Any) -> None:
     assert ended.ended
 
 
+def test_completing_once_more_tells_whether_the_file_is_the_jobs_own(store: JobStore, clock: Any) -> None:
+    ended = finish(store, begin(store), clock.now + 60)
+    assert store.complete(ended.id, 1, output=str(ended.output), stage_seconds={}, expires_at=0.0)
+    assert not store.complete(ended.id, 1, output="jobs/x/another.mp4", stage_seconds={}, expires_at=0.0)
+    assert not store.complete(ended.id, 2, output=str(ended.output), stage_seconds={}, expires_at=0.0)
+    assert store.get(ended.id) == ended
+
+
 def test_failure_keeps_where_it_was_and_a_readable_reason(store: JobStore, clock: Any) -> None:
     job = begin(store)
     store.report(job.id, 1, stage="refine", step=2, steps=5, progress=0.7)
@@ -234,6 +242,20 @@ def test_pages_go_through_all_jobs_in_both_orders(store: JobStore, clock: Any) -
     assert [job.id for job in store.list(states=("cancelled", "failed"))] == [jobs[0].id]
     with pytest.raises(UserError, match="no job"):
         store.list("alice", after=jobs[3].id)
+
+
+def test_a_page_begins_behind_a_place_whose_job_is_gone(store: JobStore, clock: Any) -> None:
+    jobs = []
+    for number in range(5):
+        jobs.append(submit(store))
+        clock.advance(number % 2)
+    gone = jobs[2]
+    store.cancel(gone.id)
+    store.delete(gone.id)
+    with pytest.raises(UserError, match="no job"):
+        store.list(after=gone.id)
+    assert store.list(after=(gone.created_at, gone.id), order="asc") == jobs[3:]
+    assert store.list(after=(gone.created_at, gone.id)) == jobs[1::-1]
 
 
 def test_the_last_completed_jobs_calibrate(store: JobStore, clock: Any) -> None:
