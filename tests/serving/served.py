@@ -166,6 +166,17 @@ class Counters:
         counters: dict[str, int] = json.loads(self._process.stdout.readline())
         return counters
 
+    def at_rest(self) -> dict[str, int]:
+        """The steps once they stand still: one that was under way when its job was cancelled may still end. What is not stopped
+        at all stands still, too, when it has made all of its steps, so compare with those."""
+        last = self.read()
+        for _ in range(40):
+            time.sleep(0.5)
+            if (now := self.read()) == last:
+                return now
+            last = now
+        raise AssertionError(f"still computing after 20 s: {last}")
+
     def close(self) -> None:
         """End the second driver."""
         assert self._process.stdin is not None
