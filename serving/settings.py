@@ -139,7 +139,7 @@ class Deployment(Strict):
     cfg_parallel: bool = False
     """Half of the ranks compute the prompt, half the negative prompt; base only."""
     step_timeout_s: float = Field(600.0, gt=0)
-    """A group of ranks that makes no step for so long is taken down and built anew."""
+    """A group of ranks that makes no step for so long is taken down and built anew, a replica of one process replaced."""
     build_timeout_s: float = Field(1800.0, gt=0)
     """A group of ranks that is not there after this, weights loaded, is given up and its replica replaced."""
     threads: int | None = Field(None, ge=1)
