@@ -6,6 +6,8 @@ import contextlib
 import json
 import os
 import re
+import socket
+import ssl
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +28,7 @@ _LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 _SILENCE_S = 40.0
 """The server sends at least a comment every 15 s while events are awaited."""
 _LONGEST_PAUSE_S = 4.0
+_CONNECT_S = 10.0
 _AWAY = {502, 503, 504}
 """What a server, or the proxy before it, answers while it restarts."""
 
@@ -50,16 +53,18 @@ class Client:
         say: Callable[[str], None] = lambda _: None,
         transport: httpx2.BaseTransport | None = None,
     ) -> None:
-        parts = urlsplit(server)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"--server {server}: give a URL such as http://127.0.0.1:8000")
+        scheme, host = _address(server)
         if not (key.isascii() and key.isprintable()):
             raise UserError("WAVER_API_KEY holds characters that no key has: set it anew")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        # A proxy of the environment knows nothing of servers on this machine.
-        local = parts.hostname in _LOOPBACK
+        # A proxy of the environment knows nothing of servers on this machine; its certificates hold here, too.
         self._http = httpx2.Client(
-            base_url=server, headers=headers, timeout=httpx2.Timeout(30.0, connect=10.0), trust_env=not local, transport=transport
+            base_url=server,
+            headers=headers,
+            timeout=httpx2.Timeout(30.0, connect=_CONNECT_S),
+            trust_env=host not in _LOOPBACK,
+            verify=_certificates(scheme),
+            transport=transport,
         )
         self._server, self._say = server, say
         self._timeout_s, self._until = timeout_s, time.monotonic() + timeout_s
@@ -164,10 +169,9 @@ class Client:
         while True:
             try:
                 response = self._http.request(method, path, **options)
-            except (httpx2.ConnectError, httpx2.ConnectTimeout):
+            except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
                 if not self._heard:
-                    hint = "start it with `make serve`, or name another with --server"
-                    raise UserError(f"no server answers at {self._server}: {hint}") from None
+                    raise UserError(_unreachable(self._server, error)) from None
             except (httpx2.InvalidURL, httpx2.UnsupportedProtocol) as error:
                 raise UserError(f"--server {self._server}: {error}") from None
             except httpx2.TransportError:
@@ -236,6 +240,48 @@ def checked(job_id: str) -> str:
 def clean(text: str) -> str:
     """One line without control characters: texts of others must not steer the terminal."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def _address(server: str) -> tuple[str, str]:
+    """Scheme and host of a server's URL; raises `UserError` where it is none."""
+    try:
+        parts = urlsplit(server)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        httpx2.URL(server)
+    except (ValueError, httpx2.InvalidURL):
+        good = False
+    if not good:
+        raise UserError(f"--server {clean(server)}: give a URL such as http://127.0.0.1:8000")
+    return parts.scheme, str(parts.hostname)
+
+
+def _certificates(scheme: str) -> ssl.SSLContext:
+    """The authorities that are trusted: those of SSL_CERT_FILE, or the system's."""
+    try:
+        context: ssl.SSLContext = httpx2.create_ssl_context(trust_env=scheme == "https")
+    except OSError as error:
+        raise UserError(f"SSL_CERT_FILE or SSL_CERT_DIR cannot be used ({error}): name a file of certificates") from None
+    return context
+
+
+def _unreachable(server: str, error: BaseException) -> str:
+    """Why a server that was never heard cannot be reached, and what to do about it."""
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None:
+        causes.append(cause)
+    for cause in reversed(causes):  # the innermost knows best
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return (
+                f"the certificate of {server} is not trusted ({cause.verify_message}): set SSL_CERT_FILE to its authority's file"
+            )
+        if isinstance(cause, ssl.SSLError):
+            return f"there is no TLS at {server} ({cause.reason or 'it broke off'}): a plain server's address begins with http://"
+        if isinstance(cause, socket.gaierror):
+            return f"the name in {server} does not resolve ({cause.strerror}): check --server"
+    last = causes[-1]
+    reason = f"no answer within {_CONNECT_S:g} s" if isinstance(error, httpx2.ConnectTimeout) else getattr(last, "strerror", None)
+    hint = "start it with `make serve`, or name another with --server"
+    return f"no server answers at {server} ({reason or clean(str(last))}): {hint}"
 
 
 def _decoded(response: httpx2.Response, server: str) -> Any:

@@ -11,15 +11,20 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field
 from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as NoConnectionFree
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
+from starlette.routing import Match
 
 from serving.api.views import kept_nulls
 from waver_core.errors import did_you_mean
 
 log = logging.getLogger("waver.http")
 MAX_MESSAGE_CHARS = 600
+STORE_AWAY = (OperationalError, InterfaceError, NoConnectionFree)
+"""What the store raises while its database does not answer, or has no connection to spare."""
+_METHODS = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _WHAT = {
     400: ("bad_image", "The picture is wrong, or the model cannot do what was asked.", "first_frame"),
@@ -129,15 +134,25 @@ def from_validation(errors: Sequence[Mapping[str, Any]], known: Mapping[str, str
     return ApiError(422, code, message, param=param)
 
 
-def unexpected(error: Exception, request: Request) -> ApiError:
-    """Anything that is nobody's fault but ours: logged in full under a reference that the client is given."""
+def unexpected(error: Exception, request: Request, mend: str = "try again") -> ApiError:
+    """Anything that is nobody's fault but ours: logged in full under a reference that the client is given.
+
+    `mend`: what the client should do where the store is away.
+    """
     reference = secrets.token_hex(6)
     path = ascii(request.scope.get("path", ""))[:200]
     log.error("%s %s failed (reference %s)", request.scope.get("method"), path, reference, exc_info=error)
-    if isinstance(error, OperationalError | InterfaceError):
-        message = f"The job store does not answer: try again; the log has the reason under {reference}."
+    if isinstance(error, STORE_AWAY):
+        message = f"The job store does not answer: {mend}; the log has the reason under {reference}."
         return ApiError(503, "store_unavailable", message, headers={"Retry-After": "5"})
     return ApiError(500, "internal_error", f"The server failed: its log has the reason under the reference {reference}.")
+
+
+def _allowed(app: FastAPI, request: Request) -> str:
+    """The methods that an address takes. Each is asked for: a route knows its own alone, and several may share the address."""
+    asked = {name: request.scope[name] for name in ("type", "path", "root_path", "headers") if name in request.scope}
+    takes = (m for m in _METHODS if any(r.matches({**asked, "method": m})[0] is Match.FULL for r in app.routes))
+    return ", ".join(takes)
 
 
 def install(app: FastAPI) -> None:
@@ -151,14 +166,15 @@ def install(app: FastAPI) -> None:
         assert isinstance(error, RequestValidationError)
         return error_response(from_validation(error.errors()))
 
-    async def on_http(_: Request, error: Exception) -> JSONResponse:
+    async def on_http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         headers = dict(error.headers or {})
         if error.status_code == 404:
             return error_response(ApiError(404, "not_found", "There is no such page: GET /docs lists all.", headers=headers))
         if error.status_code == 405:
-            said = f"This address does not take that method, only {headers.get('Allow', headers.get('allow', 'others'))}."
-            return error_response(ApiError(405, "method_not_allowed", said, headers=headers))
+            allowed = _allowed(app, request)
+            said = f"This address does not take that method, only {allowed}."
+            return error_response(ApiError(405, "method_not_allowed", said, headers={**headers, "Allow": allowed}))
         return error_response(ApiError(error.status_code, "http_error", str(error.detail), headers=headers))
 
     app.add_exception_handler(ApiError, on_api_error)

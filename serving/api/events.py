@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import AsyncIterator
@@ -12,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from serving.api.access import CallerOf, JobId, ServiceOf, find_job, in_thread
-from serving.api.errors import GUARDED, ApiError, documented
+from serving.api.errors import GUARDED, STORE_AWAY, ApiError, documented
 from serving.api.service import Service
 from serving.api.views import EXAMPLE_JOB, job_view
 from serving.api.watching import Watch
@@ -85,7 +86,8 @@ async def _follow(request: Request, service: Service, job: Job, seen: str) -> As
                 yield _event("deleted", None, {"id": job.id, "object": "job.deleted", "deleted": True})
                 return
             if here.state == "queued" and watched.place is None:
-                watched.place = await in_thread(service.store.ahead, here)
+                with contextlib.suppress(*STORE_AWAY):  # the place comes later; `watching` has the patience
+                    watched.place = await in_thread(service.store.ahead, here)
             state = (str(here.version), watched.place if here.state == "queued" else None)
             if told is None or state[0] != told[0] or (state[1] is not None and told[1] not in (None, state[1])):
                 yield _event("job", here.version, job_view(here, state[1]))

@@ -86,7 +86,7 @@ def respond(request: Request, opened: OpenFile, *, download: bool = False, heade
         return Response(status_code=304, headers=common)
     common["Content-Disposition"] = f'{"attachment" if download else "inline"}; filename="{opened.name}"'
     start, end = 0, opened.n_bytes
-    wanted = request.headers.get("range") if reads and _range_applies(request, opened) else None
+    wanted = request.headers.get("range") if request.method == "GET" and _range_applies(request, opened) else None
     if wanted is not None:
         try:
             found = parse_range(wanted, opened.n_bytes)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import logging
+import threading
 import time
 from typing import Any
 
@@ -12,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 
 from serving.api.access import CallerOf, ServiceOf, in_thread, view
 from serving.api.body import read_fields
-from serving.api.errors import GUARDED, ApiError, documented, not_found
+from serving.api.errors import GUARDED, STORE_AWAY, ApiError, documented, not_found, unexpected
 from serving.api.files import open_result, respond
 from serving.api.keys import Caller
 from serving.api.service import Service
@@ -25,6 +29,9 @@ from serving.jobs import Job
 LOOK_S = 0.3
 """How often it is looked whether a waiting client is still there."""
 router = APIRouter(tags=["generate"])
+log = logging.getLogger("waver.http")
+_left_behind: set[asyncio.Task[None]] = set()
+"""Submissions whose clients have gone; asyncio itself keeps no task alive."""
 _STATUS_OF_FAILURE = {"queue_timeout": 503, "worker_lost": 503, "timeout": 504}
 _SEEN_HEADERS = {
     "Location": {"description": "Where the job is.", "schema": {"type": "string"}},
@@ -97,22 +104,74 @@ async def generate(request: Request, caller: CallerOf, service: ServiceOf) -> Re
     fields = await read_fields(request, int(service.settings.http.max_body_mb * 1e6))
     order = await in_thread(generate_order, fields, key)
     wait, findable = order.request.wait, key is not None or order.request.webhook_url is not None
-    job, created = await submit_in_turn(request, service, caller, order)
-    headers = {} if created else {"Idempotent-Replay": "true"}
-    del fields, order  # pictures of many megabytes, which nobody needs while the job is waited for
-    request.app.state.held.release(request.scope)
-    if wait:
-        job = await _wait(request, service, job, findable)
-        if job.ended:
-            return await _finished(request, service, job, headers)
-    headers |= {"Location": f"/jobs/{job.id}", "Cache-Control": "no-store"}
-    return JSONResponse(await view(service, job), 202, headers)
+    watch: Watch = request.app.state.watch
+    async with contextlib.AsyncExitStack() as stack:
+        if wait:
+            watch.require_room(caller.name)
+            await stack.enter_async_context(watch.stream(caller.name))
+        job, created = await submit_in_turn(request, service, caller, order, keep=findable or not wait)
+        headers = {} if created else {"Idempotent-Replay": "true"}
+        del fields, order  # pictures of many megabytes, which nobody needs while the job is waited for
+        request.app.state.held.release(request.scope)
+        try:
+            if wait:
+                job = await _wait(request, service, job, findable)
+                if job.ended:
+                    return await _finished(request, service, job, headers)
+            headers |= {"Location": f"/jobs/{job.id}", "Cache-Control": "no-store"}
+            return JSONResponse(await view(service, job), 202, headers)
+        except STORE_AWAY as error:
+            told = unexpected(error, request, f"ask for the job {job.id} later, for it goes on, and do not send it again")
+            told.headers |= _found(job)
+            raise told from None
 
 
-async def submit_in_turn(request: Request, service: Service, caller: Caller, order: Any) -> tuple[Job, bool]:
-    """`submit` in a thread; few at once, for each may hold a decoded picture of many megapixels."""
+def _found(job: Job) -> dict[str, str]:
+    """Headers of an error by which the job can be found all the same."""
+    return {"Location": f"/jobs/{job.id}", "X-Waver-Job": job.id}
+
+
+async def submit_in_turn(
+    request: Request, service: Service, caller: Caller, order: Any, *, keep: bool = True
+) -> tuple[Job, bool]:
+    """`submit` in a thread; few at once, for each may hold a decoded picture of many megapixels.
+
+    It is a task of its own, for a thread goes on when its request is cancelled, and the job is made all the same: without
+    `keep` it is cancelled then.
+    """
     limiter: anyio.CapacityLimiter = request.app.state.submitting
-    return await anyio.to_thread.run_sync(submit, service, caller, order, limiter=limiter)
+    left = threading.Event()
+
+    def begun() -> tuple[Job, bool]:
+        if left.is_set():  # while it waited for its turn
+            raise ClientDisconnect
+        return submit(service, caller, order)
+
+    async def submitted() -> tuple[Job, bool]:
+        return await anyio.to_thread.run_sync(begun, limiter=limiter)
+
+    task = asyncio.create_task(submitted())
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        left.set()
+        rest = asyncio.create_task(_without_client(service, task, keep))
+        _left_behind.add(rest)
+        rest.add_done_callback(_left_behind.discard)
+        raise
+
+
+async def _without_client(service: Service, submitted: asyncio.Task[tuple[Job, bool]], keep: bool) -> None:
+    """See a submission through whose client has gone."""
+    try:
+        job, _ = await submitted
+        if not keep:
+            await in_thread(service.store.cancel, job.id)
+            service.wake()
+    except (ApiError, ClientDisconnect):
+        pass  # nobody is there to be told
+    except Exception:
+        log.exception("a submission whose client hung up could not be seen through")
 
 
 async def _wait(request: Request, service: Service, job: Job, findable: bool) -> Job:
@@ -141,8 +200,8 @@ async def _wait(request: Request, service: Service, job: Job, findable: bool) ->
 
 async def _finished(request: Request, service: Service, job: Job, headers: dict[str, str]) -> Response:
     if job.state == "failed":
-        code = job.error_code or "failed"
-        raise ApiError(_STATUS_OF_FAILURE.get(code, 500), code, job.error_message or "The job failed; the server's log says why.")
+        code, message = job.error_code or "failed", job.error_message or "The job failed; the server's log says why."
+        raise ApiError(_STATUS_OF_FAILURE.get(code, 500), code, message, headers=_found(job))
     if job.state == "cancelled":
         raise ApiError(409, "cancelled", f"The job {job.id} was cancelled: send it again if that was a mistake.")
     opened = await in_thread(open_result, service, job, job.output)

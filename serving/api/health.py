@@ -130,6 +130,7 @@ async def capabilities(caller: CallerOf, service: ServiceOf) -> Response:
     return JSONResponse({"model": service.facts.to_json(), "limits": limits, "version": __version__})
 
 
+@router.head("/healthz", include_in_schema=False)
 @router.get(
     "/healthz",
     summary="Liveness",
@@ -142,6 +143,7 @@ async def healthz(service: ServiceOf) -> Response:
     return JSONResponse({"status": "ok"}, headers={"Cache-Control": "no-store"})
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get(
     "/readyz",
     summary="Readiness",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
@@ -10,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from serving.api.access import CallerOf, JobId, ServiceOf, cancel_job, find_job, in_thread, view, views
+from serving.api.cursors import place, remember
 from serving.api.errors import GUARDED, ApiError, documented
 from serving.api.files import open_result, respond
 from serving.api.service import Service
@@ -52,7 +54,7 @@ RANGE_HEADER = {
     "schema": {"type": "string"},
     "example": "bytes=0-65535",
 }
-After = Annotated[str | None, Query(description="`last_id` of the page before.", pattern=ID_PATTERN)]
+After = Annotated[str | None, Query(description="`last_id` of the page before, deleted or not.", pattern=ID_PATTERN)]
 Limit = Annotated[int, Query(ge=1, le=100, description="Jobs on a page.")]
 Order = Annotated[Literal["asc", "desc"], Query(description="By the time they came; newest first is desc.")]
 Download = Annotated[bool, Query(description="Ask browsers to save it instead of showing it.")]
@@ -88,12 +90,16 @@ async def page(
     order: Literal["asc", "desc"],
     states: tuple[State, ...] | None = None,
 ) -> tuple[list[Job], bool]:
-    """(jobs, whether there are more); raises `ApiError` 400 where `after` is none of this owner's."""
+    """(jobs, whether there are more); raises `ApiError` 400 where `after` is none of this owner's, nor was one lately."""
+    following = partial(in_thread, service.store.list, owner, limit=limit + 1, order=order, states=states)
     try:
-        jobs = await in_thread(service.store.list, owner, limit=limit + 1, after=after, order=order, states=states)
+        jobs = await following(after=after)
     except UserError:
-        message = "There is no job 'after' to go on from: leave it out to begin with the first page."
-        raise ApiError(400, "invalid_after", message, param="after") from None
+        gone = await in_thread(place, service.store, owner, after)
+        if gone is None:
+            message = "There is no job 'after' to go on from: leave it out to begin with the first page."
+            raise ApiError(400, "invalid_after", message, param="after") from None
+        jobs = await following(after=gone)
     return jobs[:limit], len(jobs) > limit
 
 
@@ -146,6 +152,7 @@ async def delete_job(job_id: JobId, caller: CallerOf, service: ServiceOf) -> Res
 def remove(service: Service, job: Job) -> None:
     """Delete an ended job: files first, so that whoever breaks off here can ask again."""
     shutil.rmtree(service.folder / "jobs" / job.id, ignore_errors=True)
+    remember(service.store, job)
     service.store.delete(job.id)
 
 

@@ -30,6 +30,11 @@ LOCAL = "local"
 LOOK_S = 2.0
 """A change of the key file is seen after so long."""
 _WINDOW_S = 60.0
+_OF_PROXIES = (
+    *("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-forwarded-port", "x-forwarded-proto", "x-forwarded-server"),
+    *("x-real-ip", "x-client-ip", "true-client-ip", "cf-connecting-ip"),
+)
+"""Headers that a proxy adds and no browser or program of this machine sends."""
 
 
 class Key(Strict):
@@ -152,16 +157,18 @@ def _stamp(path: str) -> tuple[int, int, int] | None:
 def _require_local(request: Request) -> None:
     """Without keys: the client, the name it called us by, and the page that sent it must all be this machine's.
 
-    The Host header stops DNS rebinding, Origin and Sec-Fetch-Site stop other web pages, and a forwarding header tells
-    of a proxy, behind which every client looks like this machine.
+    The Host header stops DNS rebinding, Origin and Sec-Fetch-Site stop other web pages, and a forwarding header or HTTP/1.0,
+    which nginx speaks to those behind it, tells of a proxy, behind which every client looks like this machine.
     """
     mend = "set http.api_keys to a key file to let others in"
     headers = request.headers
     if request.client is None or not _is_loopback(request.client.host):
         raise ApiError(403, "not_local", f"Without API keys only this machine itself may ask: {mend}.")
-    for name in ("x-forwarded-for", "forwarded", "x-real-ip"):
-        if name in headers:
-            raise ApiError(403, "not_local", f"The request came through a proxy ({name}), so nobody knows from whom: {mend}.")
+    told = next((name for name in _OF_PROXIES if name in headers), None)
+    if told is None and request.scope.get("http_version") == "1.0":
+        told = "HTTP/1.0"
+    if told is not None:
+        raise ApiError(403, "not_local", f"The request came through a proxy ({told}), so nobody knows from whom: {mend}.")
     host = headers.get("host", "")
     if not _is_loopback(_host_name(host)):
         raise ApiError(403, "not_local", f"The Host header must be localhost or a loopback address: call it so, or {mend}.")

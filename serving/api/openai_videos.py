@@ -28,6 +28,8 @@ from waver_core.errors import did_you_mean
 
 router = APIRouter(prefix="/v1/videos", tags=["videos (OpenAI dialect)"])
 POLL_AFTER_MS = 500
+_FILES = {"input_reference": "first_frame", "last_frame": "last_frame"}
+"""The dialect's files, as `GenerateRequest` calls them."""
 
 
 async def find_video(service: Service, job_id: str, owner: str) -> Job:
@@ -48,11 +50,12 @@ def _order(fields: Fields, facts: Facts, key: str | None) -> Any:
     for part in ("image_url", "file_id"):  # how the client's multipart writes an object
         if f"input_reference[{part}]" in values:
             values["input_reference"] = {part: values.pop(f"input_reference[{part}]")}
-    picture = files.pop("input_reference", None)
-    if picture is not None and "input_reference" in values:
+    pictures = {ours: files.pop(theirs) for theirs, ours in _FILES.items() if theirs in files}
+    if "first_frame" in pictures and "input_reference" in values:
         raise ApiError(422, "duplicate_field", "'input_reference' stands there twice: send it once.", param="input_reference")
     for name in files:
-        raise ApiError(422, "unknown_field", f"'{name[:64]}' is no file of this request: send input_reference.", param=name[:64])
+        message = f"'{name[:64]}' is no file of this request: send input_reference or last_frame."
+        raise ApiError(422, "unknown_field", message, param=name[:64])
     asked = validated(VideoCreate, Fields(values, {}, fields.multipart))
     if asked.model is not None and asked.model not in _names(facts):
         message = f"There is no model '{asked.model[:64]}': {did_you_mean(asked.model, _names(facts))}."
@@ -68,7 +71,7 @@ def _order(fields: Fields, facts: Facts, key: str | None) -> Any:
         reference = reference.image_url
     if reference is not None:
         request["first_frame"] = reference
-    return order(GenerateRequest, Fields(request, {} if picture is None else {"first_frame": picture}), key)
+    return order(GenerateRequest, Fields(request, pictures), key)
 
 
 def _request_body() -> dict[str, Any]:
@@ -80,7 +83,8 @@ def _request_body() -> dict[str, Any]:
         {"type": "null"},
     ]
     form = {**schema, "title": "VideoCreateForm", "properties": dict(schema["properties"])}
-    form["properties"]["input_reference"] = {"type": "string", "format": "binary", "description": "A PNG, JPEG or WebP file."}
+    for name in _FILES:
+        form["properties"][name] = {"type": "string", "format": "binary", "description": "A PNG, JPEG or WebP file."}
     return {
         "required": True,
         "content": {
@@ -147,6 +151,7 @@ async def retrieve(job_id: JobId, caller: CallerOf, service: ServiceOf) -> Respo
     return JSONResponse(video_view(job), headers={**NO_STORE, "openai-poll-after-ms": str(POLL_AFTER_MS)})
 
 
+@router.head("/{job_id}/content", include_in_schema=False)
 @router.get(
     "/{job_id}/content",
     summary="Download a video",

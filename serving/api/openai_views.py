@@ -28,7 +28,10 @@ class ImageReference(BaseModel):
 
 
 class VideoCreate(BaseModel):
-    """Fields of the dialect, and those of `GenerateRequest` that go beyond it (the client's `extra_body`)."""
+    """Fields of the dialect, and those of `GenerateRequest` that go beyond it (the client's `extra_body`).
+
+    Not `kind` and `wait`: the dialect knows videos alone, and answers with one to watch.
+    """
 
     model_config = ConfigDict(
         extra="forbid", json_schema_extra={"examples": [{"prompt": "A red disc moves to the left.", "seconds": "4"}]}
@@ -43,6 +46,7 @@ class VideoCreate(BaseModel):
     input_reference: ImageReference | str | None = Field(
         None, description="Picture to begin with: a file, a data URL, or an object."
     )
+    last_frame: str | None = Field(None, min_length=1, description="Picture to end with: a file, or a data URL.")
     seed: int | None = None
     negative_prompt: str = ""
     style: str | None = None

@@ -103,6 +103,7 @@ def submit(service: Service, caller: Caller, order: Order) -> tuple[Job, bool]:
     """
     request = order.request
     _require_allowed(service, caller, request)
+    _require_no_frames_of_images(service, request)
     drawn = secrets.randbelow(MAX_SEED + 1)
     try:
         resolved = service.plan(
@@ -136,6 +137,14 @@ def _require_allowed(service: Service, caller: Caller, request: GenerateRequest)
             raise ApiError(400, "invalid_webhook_url", str(error), param="webhook_url") from None
 
 
+def _require_no_frames_of_images(service: Service, request: GenerateRequest) -> None:
+    """The plan refuses them in one breath with `seconds`, which may not have been sent."""
+    given = next((name for name in PICTURES if getattr(request, name) is not None), None)
+    if request.kind == "image" and given is not None:
+        other = ", or set kind to video" if "video" in service.facts.kinds else ""
+        raise ApiError(400, "invalid_request", f"An image takes no given frames: leave {given} out{other}.", param=given)
+
+
 def _bytes_of(service: Service, order: Order, name: str) -> bytes:
     if name in order.files:
         return order.files[name]
@@ -166,15 +175,19 @@ def _write(
     given: Mapping[str, bytes],
     pictures: Mapping[str, bytes],
 ) -> tuple[Job, bool]:
-    """Pictures first, for the job may be begun the moment it is in the store; they go again where no job came of it."""
+    """Pictures first, for the job may be begun the moment it is in the store; they go again where no job came of it.
+
+    Where the store breaks off nobody knows whether it has the job, so they stay; `serving.housekeeping` finds those of none.
+    """
     request, job_id = order.request, f"job_{secrets.token_hex(12)}"
     stored = request.model_dump(mode="json", exclude={"wait"})
     folder = service.folder / "jobs" / job_id
-    created = False
+    keep = False
     try:
         for name, png in pictures.items():
             stored[name] = f"jobs/{job_id}/{_FILES[name]}"
             write_atomic(str(folder / _FILES[name]), png)
+        keep = True
         job, created = service.store.submit(
             job_id,
             caller.name,
@@ -187,12 +200,15 @@ def _write(
             max_queued=service.settings.queue.max_queued,
             max_queued_of_owner=caller.max_queued,
         )
+        keep = created
     except QueueFull as full:
+        keep = False
         raise ApiError(429, "queue_full", str(full), headers={"Retry-After": str(full.retry_after_s)}) from None
     except IdempotencyConflict as conflict:
+        keep = False
         raise ApiError(409, "idempotency_conflict", str(conflict), param="Idempotency-Key") from None
     finally:
-        if not created and pictures:
+        if pictures and not keep:
             shutil.rmtree(folder, ignore_errors=True)
     if created:
         service.wake()

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 
 from serving.api.access import in_thread
-from serving.api.errors import ApiError
+from serving.api.errors import STORE_AWAY, ApiError
 from serving.api.service import Service
 from serving.jobs import Job
 
@@ -23,6 +23,10 @@ PLACE_S = 1.0
 """The place in the queue changes without the job; it is looked up this often."""
 MAX_STREAMS = 100
 """Of one caller at once in this replica, or one key could take all the connections that a replica serves."""
+PATIENCE_S = 60.0
+"""A store that is away for so long is waited for: the job goes on, and whoever is sent off would ask for it a second time."""
+AWAY_S = (0.25, 5.0)
+"""Pauses while it is away, the first and the longest."""
 
 
 class Watched:
@@ -61,12 +65,12 @@ class Watch:
         self._service = service
         self._jobs: dict[str, Watched] = {}
         self.streams: Counter[str] = Counter()
-        """Streams of each caller."""
+        """Streams of each caller, and requests that wait for their file."""
 
     def require_room(self, owner: str) -> None:
         """Raises `ApiError` 429 where this caller has as many streams as one may have."""
         if self.streams[owner] >= MAX_STREAMS:
-            message = f"{MAX_STREAMS} streams of events are open already: close some, or ask GET /jobs now and then."
+            message = f"{MAX_STREAMS} streams and waiting requests are open already: end some, or ask GET /jobs now and then."
             raise ApiError(429, "too_many_streams", message, headers={"Retry-After": "5"})
 
     @contextlib.asynccontextmanager
@@ -102,19 +106,28 @@ class Watch:
                     del self._jobs[job.id]
 
     async def _follow(self, watched: Watched, job: Job) -> None:
-        """Ask the store until the job has ended or is gone."""
+        """Ask the store until the job has ended or is gone, or the store has been away for too long."""
         store, placed, begun = self._service.store, 0.0, time.monotonic()
+        heard, pause = begun, AWAY_S[0]
         try:
             while watched.job is not None and not watched.job.ended:
                 waits = watched.job.state == "queued" and (watched.place or 0) > 1
                 soon = max(FIRST_POLL_S, 0.05 * (time.monotonic() - begun))  # short jobs are not made long by looking late
                 await asyncio.sleep(QUEUED_POLL_S if waits else min(POLL_S if len(self._jobs) > FEW else POLL_S / 2, soon))
-                now = await in_thread(store.get, job.id, job.owner)
                 place = None
-                if now is not None and now.state == "queued":
-                    place = watched.place
-                    if time.monotonic() - placed >= PLACE_S:
-                        place, placed = await in_thread(store.ahead, now), time.monotonic()
+                try:
+                    now = await in_thread(store.get, job.id, job.owner)
+                    if now is not None and now.state == "queued":
+                        place = watched.place
+                        if time.monotonic() - placed >= PLACE_S:
+                            place, placed = await in_thread(store.ahead, now), time.monotonic()
+                except STORE_AWAY:
+                    if time.monotonic() - heard >= PATIENCE_S:
+                        raise
+                    await asyncio.sleep(pause)
+                    pause = min(2 * pause, AWAY_S[1])
+                    continue
+                heard, pause = time.monotonic(), AWAY_S[0]
                 if now is not None and watched.job is not None and now.version <= watched.job.version:
                     now = watched.job  # whoever came in last had a newer one, perhaps
                 if now is not watched.job or place != watched.place:

@@ -127,6 +127,7 @@ onConnection((heard) => {
 
 let beats = 0;
 async function beat() {
+  if (byId("key").open) return beatAgain(LIST_EVERY_MS); // nothing can be asked before there is a key
   let wait = IDLE_EVERY_MS;
   try {
     if (!document.hidden || !online) {
@@ -145,7 +146,7 @@ async function beat() {
     beatAgain(Math.max(LIST_EVERY_MS, 1000 * (error.retryAfter_s ?? 0)));
     return;
   }
-  if ([...history_.jobs.values()].some((job) => !ended(job))) wait = LIST_EVERY_MS;
+  if (history_.busy()) wait = LIST_EVERY_MS;
   beatAgain(wait);
 }
 let timer = null;
@@ -163,8 +164,9 @@ function refreshChosen() {
 function askKey(message) {
   const dialog = byId("key");
   if (message) put(byId("key-note"), message);
+  if (dialog.open) return; // what is being typed stays
   byId("key-value").value = getKey();
-  if (!dialog.open) dialog.showModal();
+  dialog.showModal();
 }
 function showKey() {
   byId("key-open").classList.toggle("set", Boolean(getKey()));
@@ -172,6 +174,8 @@ function showKey() {
 }
 
 byId("key-open").addEventListener("click", () => askKey(""));
+// No button that submits: Enter would press the first of those.
+byId("key-forget").addEventListener("click", () => byId("key").close("forget"));
 byId("key").addEventListener("close", () => {
   const { returnValue } = byId("key");
   if (!returnValue) return;

@@ -64,13 +64,7 @@ function buildDrop(node, name, label) {
 export function applyFacts(told, limits) {
   facts = told;
   maxPictureBytes = limits.max_image_bytes;
-  const size = field("size_choice");
-  const chosen = size.value;
   const kept = field("style").value;
-  const option = (value, text) => make("option", { value }, text ?? value.replace("x", " × "));
-  const others = (told.sizes ?? []).filter((one) => one !== told.default_size);
-  size.replaceChildren(option("", (told.default_size ?? "Default").replace("x", " × ")), ...others.map((one) => option(one)), option("custom", "Other …"));
-  size.value = chosen;
   const titled = (name) => name[0].toUpperCase() + name.slice(1).replaceAll("_", " ");
   field("style").replaceChildren(option("", "As prompted"), ...(told.styles ?? []).map((name) => option(name, titled(name))));
   field("style").value = kept;
@@ -99,6 +93,33 @@ export function applyFacts(told, limits) {
   refine.disabled = !told.refiner;
   if (!told.refiner) refine.checked = false;
   put(byId("refine-note"), told.refiner ? "A second pass at the full size" : "This server has no refiner");
+  fillSizes();
+}
+
+const option = (value, text) => make("option", { value }, text ?? value.replace("x", " × "));
+
+/** The size that leaving it open means; "" where the server alone knows it. The base model's own sizes are not told. */
+function usualSize() {
+  const own = kind() === "image" ? facts.image_sizes : facts.sizes;
+  const base = facts.refiner && !field("refine").checked;
+  return !base && own?.[0] === facts.default_size ? (facts.default_size ?? "") : "";
+}
+
+/** The sizes that the server takes for this kind, with or without the refiner. */
+function fillSizes() {
+  const select = field("size_choice");
+  const image = kind() === "image";
+  const base = facts.refiner && !field("refine").checked;
+  const most = image ? (base ? facts.max_base_image_pixels : facts.max_image_pixels) : base ? facts.max_base_pixels : facts.max_pixels;
+  const pixels = (size) => size.split("x").reduce((width, height) => width * height);
+  const usual = usualSize();
+  const listed = ((image ? facts.image_sizes : facts.sizes) ?? []).filter((one) => one !== usual && pixels(one) <= most);
+  const made = JSON.stringify([usual, listed]);
+  if (select.dataset.made === made) return;
+  select.dataset.made = made;
+  const chosen = select.value;
+  select.replaceChildren(option("", usual.replace("x", " × ") || "Default"), ...listed.map((one) => option(one)), option("custom", "Other …"));
+  select.value = chosen === "custom" || listed.includes(chosen) ? chosen : "";
 }
 
 const kind = () => field("kind").value;
@@ -237,8 +258,9 @@ export function reuse(job) {
   field("rewrite").checked = request.rewrite !== false;
   field("refine").checked = Boolean(facts.refiner) && request.refine !== false;
   const [width, height] = (request.size ?? "").split("x");
+  fillSizes();
   const listed = [...field("size_choice").options].some((one) => one.value === request.size);
-  field("size_choice").value = request.size && request.size !== facts.default_size ? (listed ? request.size : "custom") : "";
+  field("size_choice").value = request.size && request.size !== usualSize() ? (listed ? request.size : "custom") : "";
   byId("width").value = listed ? "" : (width ?? "");
   byId("height").value = listed ? "" : (height ?? "");
   form.querySelector("details").open = Boolean(request.steps || request.guidance_scale || request.negative_prompt);
@@ -256,7 +278,7 @@ export function startForm(onJob, onRefused) {
     event.preventDefault();
     if (!byId("generate").disabled) submit(onJob, onRefused);
   });
-  form.addEventListener("change", () => (showKind(), showSize()));
+  form.addEventListener("change", () => (showKind(), fillSizes(), showSize()));
   form.addEventListener("input", showSeed);
   field("prompt").addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();

@@ -1,9 +1,10 @@
 /* The jobs of this server, newest first: thumbnails, states, older ones on demand. */
 
-import { fileUrl, getJson, serverNow } from "./api.js";
+import { ApiError, fileUrl, getJson, serverNow } from "./api.js";
 import { ago, badge, byId, ended, icon, later, make, put, sizeOf } from "./dom.js";
 
 const PAGE = 12;
+const UNENDED = "/jobs?limit=100&state=queued&state=in_progress";
 
 /** `actions`: choose(id). Rows live in `jobs`, by id. */
 export function createHistory(actions) {
@@ -11,28 +12,29 @@ export function createHistory(actions) {
   const jobs = new Map();
   const cards = new Map();
   const pictures = new Map();
+  const unended = new Map(); // id -> state, of all that wait or run, shown or not
   let chosen = null;
   let older = false;
 
   const seen = new IntersectionObserver((entries) => {
     for (const { isIntersecting, target } of entries) {
-      if (!isIntersecting) continue;
-      seen.unobserve(target);
-      picture(target.dataset.job);
+      if (isIntersecting) picture(target.dataset.job);
     }
   }, { rootMargin: "200px" });
 
   async function picture(id) {
     const card = cards.get(id);
-    if (!card || pictures.has(id)) return;
+    const job = jobs.get(id);
+    if (!card || pictures.has(id) || job?.state !== "completed") return;
     pictures.set(id, null);
     try {
-      const url = await fileUrl(`/v1/videos/${id}/content?variant=thumbnail`);
-      if (!cards.has(id)) return URL.revokeObjectURL(url);
+      const url = await fileUrl(job.request.kind === "image" ? job.links.video : `/v1/videos/${id}/content?variant=thumbnail`);
+      if (cards.get(id) !== card) return URL.revokeObjectURL(url);
+      seen.unobserve(card.open);
       pictures.set(id, url);
       card.thumb.replaceChildren(make("img", { src: url, alt: "" }));
     } catch {
-      /* a card without its picture still says everything else */
+      if (cards.get(id) === card) pictures.delete(id); // it is watched on: when it comes into view again, so does its picture
     }
   }
 
@@ -49,6 +51,8 @@ export function createHistory(actions) {
   function update(told) {
     const job = later(jobs.get(told.id), told);
     jobs.set(job.id, job);
+    if (ended(job)) unended.delete(job.id);
+    else unended.set(job.id, job.state);
     const row = cards.get(job.id) ?? card(job);
     if (!cards.has(job.id)) cards.set(job.id, row);
     row.state.replaceChildren(badge(job));
@@ -78,7 +82,7 @@ export function createHistory(actions) {
     byId("no-jobs").hidden = rows.length > 0;
     put(byId("no-jobs"), wanted ? "No job in this state." : "Jobs appear here, and stay until the server forgets them.");
     byId("more").hidden = !older;
-    const count = (state) => [...jobs.values()].filter((job) => job.state === state).length;
+    const count = (state) => [...unended.values()].filter((one) => one === state).length;
     const waiting = count("queued");
     const running = count("in_progress");
     put(byId("queue-line"), waiting + running ? [running && `${running} running`, waiting && `${waiting} queued`].filter(Boolean).join(", ") : "");
@@ -89,7 +93,9 @@ export function createHistory(actions) {
     if (!job) return;
     drop(job);
     jobs.delete(id);
-    cards.get(id)?.node.remove();
+    unended.delete(id);
+    seen.unobserve(cards.get(id).open);
+    cards.get(id).node.remove();
     cards.delete(id);
     place();
   }
@@ -100,9 +106,29 @@ export function createHistory(actions) {
     return getJson(`/jobs?${query}`);
   }
 
+  /** What waits and runs, as the server says: rows that no page shows any more would stay as they were seen last. */
+  async function recount() {
+    const { data, has_more: more } = await getJson(UNENDED);
+    unended.clear();
+    for (const job of data) {
+      unended.set(job.id, job.state);
+      if (jobs.has(job.id)) update(job);
+    }
+    const stale = more ? [] : [...jobs.values()].filter((job) => !ended(job) && !unended.has(job.id));
+    for (const { id } of stale) {
+      try {
+        update(await getJson(`/jobs/${id}`));
+      } catch (error) {
+        if (!(error instanceof ApiError && error.status === 404)) throw error;
+        if (id !== chosen) remove(id);
+      }
+    }
+  }
+
   return {
     jobs,
     remove,
+    busy: () => unended.size > 0,
     /** Takes a view in, and gives back the latest one there is. */
     update: (job) => (update(job), place(), jobs.get(job.id)),
     choose(id) {
@@ -120,6 +146,7 @@ export function createHistory(actions) {
       }
       if (jobs.size <= PAGE) older = more;
       data.forEach(update);
+      await recount();
       place();
     },
     async more() {
@@ -138,8 +165,13 @@ export function createHistory(actions) {
       const { data, has_more: further } = await page(null);
       older = further;
       data.forEach(update);
+      await recount();
       place();
     },
-    clear: () => [...jobs.keys()].forEach(remove),
+    clear() {
+      [...jobs.keys()].forEach(remove);
+      unended.clear();
+      place();
+    },
   };
 }

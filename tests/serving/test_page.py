@@ -8,6 +8,7 @@ import json
 import shlex
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pytest
 import yaml
 from PIL import Image
 
+from serving.generate_request import GenerateRequest
 from tests.serving.running import Running
 
 pytestmark = pytest.mark.browser
@@ -47,7 +49,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 class Visit:
     """A page that was opened, what its console said, and what it asked for."""
 
-    def __init__(self, browser: Any, url: str, **options: Any) -> None:
+    def __init__(self, browser: Any, url: str, *, clock: bool = False, **options: Any) -> None:
+        """`clock`: the page's time may be moved on with `page.clock`."""
         self.url = url
         self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 860}, **options})
         self.page = self.context.new_page()
@@ -57,6 +60,8 @@ class Visit:
         self.page.on("console", lambda message: self.troubles.append(message.text))
         self.page.on("pageerror", lambda error: self.troubles.append(str(error)))
         self.page.on("request", lambda request: self.requests.append(request.url))
+        if clock:
+            self.page.clock.install()
         self.page.goto(url)
 
     def wait(self, selector: str) -> Any:
@@ -287,6 +292,106 @@ def test_a_key_is_asked_for_and_kept_in_this_tab_only(browser: Any, tmp_path: Pa
         page.wait_for_selector("#offline", state="hidden")
         visit.wait("#server[data-state=ready]")
         visit.leave("401", "ERR_")
+
+
+def test_a_key_can_be_typed_in_peace_and_enter_uses_it(browser: Any, tmp_path: Path) -> None:
+    keys = tmp_path / "keys.yaml"
+    keys.write_text(yaml.safe_dump({"keys": [{"name": "test", "sha256": hashlib.sha256(KEY.encode()).hexdigest()}]}))
+    with Running(tmp_path / "server", http={"api_keys": str(keys)}) as server:
+        visit = Visit(browser, server.url, clock=True)
+        page = visit.page
+        visit.wait("#key[open]")
+        page.focus("#key-value")
+        page.keyboard.type(KEY[:5])
+        asked = len(visit.requests)
+        page.clock.run_for(30_000)
+        page.evaluate("fetch('/ui/icon.svg')")
+        assert [url for url in visit.requests[asked:] if not url.endswith("icon.svg")] == [], "nothing is asked without a key"
+        page.evaluate("() => { document.getElementById('prompt').value = 'x'; document.getElementById('generate').click(); }")
+        page.wait_for_selector("#form-error:not([hidden])", state="attached")
+        assert page.input_value("#key-value") == KEY[:5]
+        page.keyboard.type(KEY[5:])
+        page.keyboard.press("Enter")
+        visit.wait("#server[data-state=ready]")
+        assert page.evaluate("Object.values(sessionStorage)") == [KEY]
+        page.get_by_role("button", name="API key").click()
+        assert page.input_value("#key-value") == KEY
+        page.get_by_role("button", name="Forget it").click()
+        visit.wait("#key[open]")
+        assert page.evaluate("Object.values(sessionStorage)") == []
+        visit.leave("401")
+
+
+def test_every_size_that_is_offered_is_taken(visit: Visit, server: Running) -> None:
+    page, service = visit.page, server.service
+    offered: list[list[str]] = []
+    for kind in ("video", "image"):
+        for refine in (True, False):
+            page.get_by_role("radio", name=kind.capitalize()).check(force=True)
+            page.get_by_role("switch", name="Refine").set_checked(refine, force=True)
+            values = page.locator("#size option").evaluate_all("options => options.map((option) => option.value)")
+            label = page.locator("#size option").first.inner_text()
+            for size in values[:-1]:
+                asked = GenerateRequest.model_validate({"prompt": "x", "kind": kind, "refine": refine, "size": size or None})
+                made = service.plan(asked, service.facts, service.settings, 1)  # raises where the server would refuse it
+                assert size or label in ("Default", f"{made.width_px} × {made.height_px}")
+            offered.append([label, *values[1:]])
+    base = ["Default", "custom"]
+    assert offered == [["240 × 144", "144x240", "custom"], base, ["Default", "144x144", "custom"], base]
+    page.get_by_role("switch", name="Refine").check(force=True)
+    page.select_option("#size", "144x144")
+    visit.submit("a square")
+    assert service.store.get(visit.wait_state("completed")).resolved["width_px"] == 144
+    page.get_by_role("radio", name="Video").check(force=True)
+    assert page.input_value("#size") == "", "a size of the other kind is not kept"
+    page.get_by_role("button", name="Use again").click()
+    assert page.input_value("#size") == "144x144"
+    visit.leave()
+
+
+def test_an_image_has_its_picture_in_the_history(visit: Visit) -> None:
+    visit.page.get_by_role("radio", name="Image").check(force=True)
+    visit.submit("A still picture for the history")
+    visit.wait(f".card[data-job={visit.wait_state('completed')}] .thumb img")
+    visit.leave()
+
+
+def test_a_picture_that_failed_to_load_comes_when_its_row_is_seen_again(visit: Visit) -> None:
+    page, asked = visit.page, list[str]()
+
+    def refuse_once(route: Any) -> None:
+        asked.append(route.request.url)
+        _ = route.fulfill(status=503, body="") if len(asked) == 1 else route.continue_()
+
+    visit.submit("a picture that comes late")
+    job = visit.wait_state("completed")
+    page.route(lambda url: url.endswith(f"{job}/content?variant=thumbnail"), refuse_once)
+    with page.expect_response(lambda response: response.url.endswith(f"{job}/content?variant=thumbnail")):
+        page.reload()
+    while page.locator(f".card[data-job={job}] .thumb img").count() == 0:
+        page.select_option("#filter", "expired")
+        page.wait_for_selector(f".card[data-job={job}]", state="detached")
+        page.select_option("#filter", "")
+        page.wait_for_selector(f".card[data-job={job}]")
+    assert len(asked) == 2
+    visit.leave("503")
+
+
+def test_the_queue_is_counted_under_a_filter_too(visit: Visit, server: Running) -> None:
+    page, store = visit.page, server.service.store
+    visit.submit("something to look at meanwhile")
+    visit.wait_state("completed")
+    running = httpx2.post(f"{server.url}/generate", json={"prompt": "slow: not followed", "steps": 100}).json()["id"]
+    while store.get(running).state == "queued":
+        time.sleep(0.02)
+    page.select_option("#filter", "failed")
+    page.wait_for_selector("#queue-line:has-text('1 running')")
+    page.select_option("#filter", "")
+    page.wait_for_selector(f".card[data-job={running}]")
+    page.select_option("#filter", "failed")
+    store.cancel(running)
+    page.wait_for_function("() => document.getElementById('queue-line').textContent === ''")
+    visit.leave()
 
 
 def _png() -> bytes:

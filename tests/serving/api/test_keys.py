@@ -28,10 +28,11 @@ def _file(folder: Path, *entries: dict[str, Any]) -> str:
     return str(path)
 
 
-def _request(client: str | None = "127.0.0.1", **headers: str) -> Request:
+def _request(client: str | None = "127.0.0.1", http_version: str = "1.1", **headers: str) -> Request:
     given = {"host": "localhost:8000", **{k.replace("_", "-"): v for k, v in headers.items()}}
     raw = [(k.encode(), v.encode()) for k, v in given.items() if v]
-    return Request({"type": "http", "headers": raw, "client": (client, 1) if client else None})
+    client_address = (client, 1) if client else None
+    return Request({"type": "http", "http_version": http_version, "headers": raw, "client": client_address})
 
 
 LOCAL = [
@@ -56,6 +57,9 @@ FOREIGN = [
     ({"host": ""}, "not_local"),
     ({"x_forwarded_for": "1.2.3.4"}, "not_local"),
     ({"forwarded": "for=1.2.3.4"}, "not_local"),
+    *(({header: "x"}, "not_local") for header in ("via", "x_real_ip", "x_client_ip", "true_client_ip", "cf_connecting_ip")),
+    *(({f"x_forwarded_{part}": "x"}, "not_local") for part in ("host", "port", "proto", "server")),
+    ({"http_version": "1.0"}, "not_local"),  # nginx, where `proxy_http_version` is not set
     ({"origin": "https://evil.example"}, "cross_site"),
     ({"origin": "http://localhost:3000"}, "cross_site"),  # another server of this machine
     ({"origin": "null"}, "cross_site"),
@@ -107,6 +111,12 @@ def test_a_key_is_asked_for_and_jobs_are_their_owners(start: Start, tmp_path: Pa
         assert client.request(method, f"/v1/videos/{job['id']}{path}", headers=bob).status_code == 404, path
     assert client.get("/jobs", headers=bob).json()["data"] == []
     assert client.get(f"/jobs?after={job['id']}", headers=bob).status_code == 400
+    gone = client.post("/generate", json={"prompt": "x"}, headers=ann).json()["id"]
+    assert [client.delete(f"/jobs/{gone}", headers=ann).status_code for _ in range(2)] == [202, 204]
+    for path in ("/jobs", "/v1/videos"):
+        after = {who: client.get(f"{path}?after={gone}", headers=key) for who, key in (("ann", ann), ("bob", bob))}
+        assert after["bob"].status_code == 400, "deleted ones are nobody else's business either"
+        assert [one["id"] for one in after["ann"].json()["data"]] == [job["id"]]
     other = client.post("/generate", json={"prompt": "y"}, headers=bob | {"Idempotency-Key": "k"})
     assert other.status_code == 202 and other.json()["id"] != job["id"]
     high = client.post("/generate", json={"prompt": "y", "priority": "high"}, headers=bob)

@@ -198,6 +198,27 @@ def test_a_hundred_listeners_cost_one_reader(start: Start, monkeypatch: pytest.M
     assert client.get(f"/jobs/{job_id}/events").status_code == 200, "closed ones do not count"
 
 
+def test_waiting_requests_count_like_streams(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watching, "MAX_STREAMS", 2)
+    client = start(paint=False)
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(client.post, "/generate", json={"prompt": "A disc", "wait": True}) for _ in range(2)]
+        while written(client.service)[0] < 2:
+            time.sleep(0.01)
+        job_id = client.get("/jobs").json()["data"][0]["id"]
+        refused = [
+            client.post("/generate", json={"prompt": "A disc", "wait": True}),
+            client.get(f"/jobs/{job_id}/events"),
+        ]
+        assert client.post("/generate", json={"prompt": "A disc"}).status_code == 202, "one that does not wait"
+        for job in client.get("/jobs").json()["data"]:
+            client.delete(f"/jobs/{job['id']}")
+        assert [one.result(10).status_code for one in waiting] == [409, 409]
+    assert [(one.status_code, one.json()["error"]["code"]) for one in refused] == [(429, "too_many_streams")] * 2
+    assert written(client.service)[0] == 3, "the one that was refused made no job"
+    assert client.get(f"/jobs/{job_id}/events").status_code == 200, "ended ones do not count"
+
+
 def test_a_waiting_client_and_a_listener_see_the_same_job(start: Start) -> None:
     client = start(step_s=0.01)
     with ThreadPoolExecutor(1) as pool:

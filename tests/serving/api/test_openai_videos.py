@@ -72,6 +72,36 @@ def test_a_picture_by_data_url_in_json_and_in_a_form(start: Start) -> None:
     assert (by_id.status_code, by_id.json()["error"]["param"]) == (400, "input_reference")
 
 
+def test_a_picture_to_end_with(videos: tuple[Any, Client]) -> None:
+    remote, client = videos
+    url = f"data:image/png;base64,{base64.b64encode(picture()).decode()}"
+    made = [
+        remote.create(prompt="It moves", extra_body={"last_frame": url}).id,
+        remote.create(prompt="It moves", input_reference=("a.png", picture(), "image/png"), extra_body={"last_frame": url}).id,
+        client.post("/v1/videos", data={"prompt": "It moves"}, files={"last_frame": ("l.png", picture())}).json()["id"],
+    ]
+    for video, begins in zip(made, (False, True, False), strict=True):
+        stored = client.service.store.get(video).request
+        assert (stored["last_frame"], bool(stored["first_frame"])) == (f"jobs/{video}/last.png", begins)
+    twice = client.post("/v1/videos", data={"prompt": "x", "last_frame": url}, files={"last_frame": ("l.png", picture())})
+    assert (twice.status_code, twice.json()["error"]["code"]) == (422, "duplicate_field")
+    for left_out in ("kind", "wait", "first_frame"):
+        assert client.post("/v1/videos", json={"prompt": "x", left_out: "video"}).json()["error"]["code"] == "unknown_field"
+
+
+def test_a_list_can_be_gone_through_while_its_videos_are_deleted(videos: tuple[Any, Client]) -> None:
+    remote, client = videos
+    made = [remote.create(prompt=str(k), extra_body={"steps": 1, "refine": False}).id for k in range(5)]
+    for video in made:
+        wait_for(client, video)
+    deleted = []
+    for video in remote.list(limit=2):
+        remote.delete(video.id)
+        deleted.append(video.id)
+    assert deleted == made[::-1]
+    assert written(client.service) == (0, [])
+
+
 def test_lists_go_on_by_themselves_and_leave_images_out(videos: tuple[Any, Client]) -> None:
     remote, client = videos
     made = []

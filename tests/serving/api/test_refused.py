@@ -213,6 +213,8 @@ def test_no_url_at_all_where_no_host_is_listed(tmp_path: Path) -> None:
         ({"guidance_scale": "nan"}, 422, "invalid_guidance_scale", "guidance_scale"),
         ({"style": "no such"}, 400, "invalid_style", "style"),
         ({"kind": "image", "seconds": 2}, 400, "invalid_seconds", "seconds"),
+        ({"kind": "image", "first_frame": "iVBORw0KGgo="}, 400, "invalid_request", "first_frame"),
+        ({"kind": "image", "last_frame": "iVBORw0KGgo="}, 400, "invalid_request", "last_frame"),
         ({"kind": "song"}, 422, "invalid_kind", "kind"),
         ({"seed": 2**31}, 422, "invalid_seed", "seed"),
         ({"seed": 10**25}, 422, "invalid_seed", "seed"),

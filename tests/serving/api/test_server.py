@@ -11,6 +11,7 @@ import httpx2
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as NoConnectionFree
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message
 
@@ -104,6 +105,28 @@ def test_wrong_addresses_and_methods(start: Start) -> None:
     wrong = client.put("/generate")
     assert (wrong.status_code, wrong.json()["error"]["code"], wrong.headers["allow"]) == (405, "method_not_allowed", "POST")
     assert client.options("/generate").status_code == 405  # no CORS
+    home = "/jobs/job_0123456789abcdef01234567"
+    allowed = {
+        home: "DELETE, GET",
+        f"{home}/video": "GET, HEAD",
+        "/v1/videos": "GET, POST",
+        "/healthz": "GET, HEAD",
+        "/": "GET, HEAD",
+    }
+    for path, methods in allowed.items():
+        refused = client.put(path)
+        assert (refused.status_code, refused.headers["allow"]) == (405, methods), path
+        assert f"only {methods}." in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/v1/videos/{}/content", "/v1/videos/{}/content?variant=thumbnail"])
+def test_head_answers_like_get_without_the_body(start: Start, path: str) -> None:
+    client = start()
+    path = path.format(wait_for(client, client.post("/generate", json={"prompt": "A disc", "steps": 1}).json()["id"])["id"])
+    whole, head = client.get(path), client.head(path)
+    assert (whole.status_code, head.status_code, head.content) == (200, 200, b"")
+    told = ("content-type", "content-length", "cache-control", "etag", "content-disposition")
+    assert [head.headers.get(name) for name in told] == [whole.headers.get(name) for name in told]
 
 
 def test_what_breaks_is_logged_under_a_reference_and_told_without_details(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,11 +149,16 @@ def test_what_breaks_is_logged_under_a_reference_and_told_without_details(start:
     assert answer.headers["x-content-type-options"] == "nosniff"
 
 
-def test_a_store_that_does_not_answer_is_503(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [OperationalError("select 1", {}, Exception("connection refused")), NoConnectionFree("QueuePool limit, select 1")],
+    ids=["away", "busy"],
+)
+def test_a_store_that_does_not_answer_is_503(start: Start, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     client = start(paint=False)
 
     def away(*_: object, **__: object) -> None:
-        raise OperationalError("select 1", {}, Exception("connection refused"))
+        raise error
 
     for name in ("ping", "get", "submit"):
         monkeypatch.setattr(client.service.store, name, away)
