@@ -66,6 +66,9 @@ class Facts:
     max_guidance_scale: float
     styles: tuple[str, ...]
     rewrites: bool
+    learned_first_frames: bool
+    """Whether the base model was trained to go on from a given frame; one that was not keeps it and then does as it likes."""
+    learned_last_frames: bool
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -207,6 +210,8 @@ def facts(settings: Settings) -> Facts:
         max_guidance_scale=cascade.max_guidance_scale,
         styles=tuple(_styles(settings, base)),
         rewrites=settings.rewriting.backend is not None,
+        learned_first_frames=bool(recipe.get("i2v_probability")),
+        learned_last_frames=bool(recipe["data"].get("interpolation_probability")),
     )
 
 

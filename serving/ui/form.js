@@ -46,6 +46,7 @@ function buildDrop(node, name, label) {
     shown.alt = file ? `${label}: ${file.name}` : "";
     input.value = "";
     node.classList.toggle("filled", Boolean(file));
+    byId("frames-note").hidden = facts.learned_first_frames !== false || !Object.values(frames).some(Boolean);
   };
   input.addEventListener("change", () => input.files[0] && set(input.files[0]));
   remove.addEventListener("click", () => (set(null), input.focus()));

@@ -40,6 +40,13 @@ def test_nothing_asked_for_is_the_models_own(settings: Settings) -> None:
     assert made.guidance_scale == 4 and made.shift == 3.0 and made.checkpoint.startswith("t2v_192p_12fps@")
 
 
+@pytest.mark.parametrize(("stage", "learned"), [("t2v_192p_12fps", False), ("t2v_480p", True)])
+def test_it_is_told_whether_the_model_learned_from_given_frames(tmp_path: Path, stage: str, learned: bool) -> None:
+    write_export(tmp_path / "base", stage)
+    known = facts(Settings(cascade={"base": str(tmp_path / "base")}))  # type: ignore[arg-type]
+    assert (known.learned_first_frames, known.learned_last_frames) == (learned, False)
+
+
 def test_an_image_is_one_frame_and_may_stay_unrefined(settings: Settings) -> None:
     made = planned(settings, kind="image", refine=False)
     assert (made.frames, made.width_px, made.base_width_px, made.refiner_steps) == (1, 64, 64, 0)
