@@ -104,8 +104,8 @@ class Stages(Protocol):
     async def encode(self, texts: Sequence[str]) -> list[Vectors]:
         """Every text by every encoder, lengthened as in training."""
 
-    async def conditions(self, shape: VideoShape, frames: Mapping[int, np.ndarray]) -> Conditions:
-        """Given frames, cut to size and encoded as images."""
+    async def conditions(self, shapes: Sequence[VideoShape], frames: Mapping[int, np.ndarray]) -> list[Conditions]:
+        """Given frames, cut to each size and encoded as images."""
 
     def base(self, work: BaseWork) -> AsyncGenerator[Step | Done[np.ndarray], None]:
         """Latents fp32 [16, T, h, w] from noise."""
@@ -154,8 +154,8 @@ async def generate(wish: Wish, stages: Stages, observer: Observer) -> Result:
 
     async with clock.stage("encode"):
         shapes = [plan.base_shape, plan.shape] if plan.refine else [plan.base_shape]
-        sized = asyncio.gather(*(stages.conditions(shape, wish.frames) for shape in shapes))
-        (text, negative), conditions = await asyncio.gather(stages.encode([prompt.prompt, plan.negative]), sized)
+        texts = stages.encode([prompt.prompt, plan.negative])
+        (text, negative), conditions = await asyncio.gather(texts, stages.conditions(shapes, wish.frames))
 
     async with clock.stage("base") as told:
         latents = await result_of(stages.base(BaseWork(plan, text, negative, conditions[0])), told)

@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any, Literal
 
 import numpy as np
-import ray
 import torch
 from fastapi import FastAPI
 from ray import serve
@@ -29,7 +28,7 @@ from serving.rewriting import Rewritten, make_rewriter
 from serving.settings import Cascade, Deployment, Settings
 from serving.store import JobStore
 from serving.streaming import Done, Step, stream
-from serving.vitals import Vitals
+from serving.vitals import Owner, Vitals, this_actor
 from serving.webhooks import Webhooks
 from waver_core.backends.contracts import Rewriting
 from waver_core.errors import UserError
@@ -103,7 +102,7 @@ class NetworkDeployment:
             _set_threads(options)
             self._denoiser = Denoiser(checkpoint, cascade)
 
-    async def run(self, work: BaseWork | RefineWork, owner: Any = None) -> AsyncGenerator[Step | Done[np.ndarray], None]:
+    async def run(self, work: BaseWork | RefineWork, owner: Owner | None = None) -> AsyncGenerator[Step | Done[np.ndarray], None]:
         """Steps and, last, the latents; cancelling the call stops the loop between two steps, on every rank."""
         if self._group is not None:
             steps = self._group.run(self._kind, work)
@@ -137,23 +136,23 @@ class AutoencoderDeployment:
         height_px, width_px = checkpoint.recipe["video_sizes"][0]
         self._pictures.conditions(VideoShape(1, height_px, width_px), {})  # loads the weights: it is not ready before
 
-    async def conditions(self, shape: VideoShape, frames: Mapping[int, np.ndarray]) -> Conditions:
+    async def conditions(self, shapes: Sequence[VideoShape], frames: Mapping[int, np.ndarray]) -> list[Conditions]:
         """See `Stages.conditions`; without given frames it does not wait behind another job's decoding."""
-        black = self._pictures.black(shape.height_px, shape.width_px)
-        if black is not None and not frames:
-            return Conditions(black, {})
+        kept = [Conditions(black, {}) for s in shapes if (black := self._pictures.black(s.height_px, s.width_px)) is not None]
+        if not frames and len(kept) == len(shapes):
+            return kept
         async with self._turn:
             with self._vitals.working():
-                return await asyncio.to_thread(self._pictures.conditions, shape, frames)
+                return await asyncio.to_thread(lambda: [self._pictures.conditions(shape, frames) for shape in shapes])
 
-    async def upscale(self, work: UpscaleWork, owner: Any = None) -> AsyncGenerator[Step | Done[Upscaled], None]:
+    async def upscale(self, work: UpscaleWork, owner: Owner | None = None) -> AsyncGenerator[Step | Done[Upscaled], None]:
         """See `Stages.upscale`."""
         steps = self._vitals.steps(stream(partial(self._pictures.upscale, work)), owner)
         async with self._turn, contextlib.aclosing(steps):
             async for item in steps:
                 yield item
 
-    async def decode(self, work: DecodeWork, owner: Any = None) -> AsyncGenerator[Step | Done[bytes], None]:
+    async def decode(self, work: DecodeWork, owner: Owner | None = None) -> AsyncGenerator[Step | Done[bytes], None]:
         """See `Stages.decode`."""
         steps = self._vitals.steps(stream(partial(self._pictures.decode, work)), owner)
         async with self._turn, contextlib.aclosing(steps):
@@ -168,7 +167,7 @@ class AutoencoderDeployment:
 class ServeStages:
     """See `serving.cascade.Stages`: every stage is a call of a deployment. `owner`: the actor that calls."""
 
-    def __init__(self, owner: Any, rewriter: Any, text: Any, base: Any, refiner: Any, autoencoder: Any) -> None:
+    def __init__(self, owner: Owner, rewriter: Any, text: Any, base: Any, refiner: Any, autoencoder: Any) -> None:
         self._owner, self._rewriter, self._text, self._autoencoder = owner, rewriter, text, autoencoder
         self._base, self._refiner = base, refiner
 
@@ -182,9 +181,9 @@ class ServeStages:
         vectors: list[Vectors] = await _answered(self._text.encode.remote(list(texts)))
         return vectors
 
-    async def conditions(self, shape: VideoShape, frames: Mapping[int, np.ndarray]) -> Conditions:
+    async def conditions(self, shapes: Sequence[VideoShape], frames: Mapping[int, np.ndarray]) -> list[Conditions]:
         """See `Stages`."""
-        conditions: Conditions = await _answered(self._autoencoder.conditions.remote(shape, dict(frames)))
+        conditions: list[Conditions] = await _answered(self._autoencoder.conditions.remote(list(shapes), dict(frames)))
         return conditions
 
     def base(self, work: BaseWork) -> AsyncGenerator[Step | Done[np.ndarray], None]:
@@ -211,7 +210,7 @@ class DispatcherDeployment:
         logging.getLogger("waver").setLevel(logging.INFO)
         store = JobStore(settings.database_url)
         webhooks = Webhooks(store, settings.http, view)
-        stages = ServeStages(ray.get_runtime_context().current_actor, *handles)
+        stages = ServeStages(this_actor(), *handles)
         self._dispatcher = Dispatcher(store, stages, settings, webhooks, retryable)
         self._task: asyncio.Task[None] | None = None
 
@@ -246,7 +245,7 @@ def retryable(error: BaseException) -> bool:
     return isinstance(error, GroupBroken | RayError | RayServeException)
 
 
-async def _called(method: Any, work: Any, owner: Any) -> AsyncGenerator[Any, None]:
+async def _called(method: Any, work: Any, owner: Owner) -> AsyncGenerator[Any, None]:
     """A streaming call of a deployment; closing it cancels the call there."""
     response, ended = method.remote(work, owner), False
     try:

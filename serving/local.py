@@ -37,9 +37,9 @@ class LocalStages:
         """See `Stages`."""
         return self.texts.encode(texts)
 
-    async def conditions(self, shape: VideoShape, frames: Mapping[int, np.ndarray]) -> Conditions:
+    async def conditions(self, shapes: Sequence[VideoShape], frames: Mapping[int, np.ndarray]) -> list[Conditions]:
         """See `Stages`."""
-        return self.pictures.conditions(shape, frames)
+        return [self.pictures.conditions(shape, frames) for shape in shapes]
 
     def base(self, work: BaseWork) -> AsyncGenerator[Step | Done[np.ndarray], None]:
         """See `Stages`."""

@@ -12,8 +12,9 @@ import logging
 import os
 import time
 from collections.abc import AsyncGenerator, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
+import ray
 import torch
 from ray.exceptions import ActorDiedError, RayError
 
@@ -21,6 +22,15 @@ T = TypeVar("T")
 log = logging.getLogger("waver.vitals")
 OWNER_EVERY_S = 1.0
 """How often the caller of a long piece of work is asked whether it lives."""
+
+
+Owner: TypeAlias = bytes
+"""A pickled handle of an actor. As it is, a handle costs whoever receives it some milliseconds, used or not."""
+
+
+def this_actor() -> Owner:
+    """The actor that calls this."""
+    return bytes(ray.cloudpickle.dumps(ray.get_runtime_context().current_actor))
 
 
 class Vitals:
@@ -47,9 +57,9 @@ class Vitals:
         """This piece of work goes on."""
         self._moved_s[work] = time.monotonic()
 
-    async def steps(self, stream: AsyncGenerator[T, None], owner: Any = None) -> AsyncGenerator[T, None]:
-        """The stream, watched: each item is a sign of life. It ends when `owner`, an actor, has died: nobody waits for it then,
-        but Ray goes on with the calls of a dead actor."""
+    async def steps(self, stream: AsyncGenerator[T, None], owner: Owner | None = None) -> AsyncGenerator[T, None]:
+        """The stream, watched: each item is a sign of life. It ends when `owner` has died: nobody waits for it then, but Ray goes
+        on with the calls of a dead actor."""
         task = asyncio.current_task()
         watcher = None if owner is None else asyncio.ensure_future(_until_dead(owner, task))
         try:
@@ -72,11 +82,13 @@ class Vitals:
                 torch.cuda.default_stream().query()  # raises after an error, waits for nothing
 
 
-async def _until_dead(owner: Any, task: asyncio.Task[Any] | None) -> None:
+async def _until_dead(owner: Owner, task: asyncio.Task[Any] | None) -> None:
+    handle: Any = None
     while task is not None:
         await asyncio.sleep(OWNER_EVERY_S)
         try:
-            await owner.__ray_ready__.remote()
+            handle = handle or ray.cloudpickle.loads(owner)
+            await handle.__ray_ready__.remote()
         except ActorDiedError:
             log.warning("the dispatcher that asked for this is gone; its work is given up")
             task.cancel()

@@ -48,8 +48,8 @@ class FakeStages:
     async def encode(self, texts: Sequence[str]) -> list[Vectors]:
         return [(np.zeros((1, 4), np.float32),) for _ in texts]
 
-    async def conditions(self, shape: VideoShape, frames: Mapping[int, np.ndarray]) -> Conditions:
-        return Conditions(np.zeros((16, 1, 8, 8), np.float32), {})
+    async def conditions(self, shapes: Sequence[VideoShape], frames: Mapping[int, np.ndarray]) -> list[Conditions]:
+        return [Conditions(np.zeros((16, 1, 8, 8), np.float32), {}) for _ in shapes]
 
     def base(self, work: BaseWork) -> AsyncGenerator[Step | Done[np.ndarray], None]:
         def compute(on_step: OnStep) -> np.ndarray:

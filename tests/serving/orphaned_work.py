@@ -19,7 +19,7 @@ prepare_private_cluster()
 
 import ray
 
-from serving.vitals import Vitals
+from serving.vitals import Owner, Vitals, this_actor
 
 STEPS = 3000
 
@@ -30,7 +30,7 @@ class Worker:
     def __init__(self) -> None:
         self.made, self._vitals = 0, Vitals(60)
 
-    async def run(self, owner: Any) -> AsyncGenerator[int, None]:
+    async def run(self, owner: Owner) -> AsyncGenerator[int, None]:
         """A step every ten milliseconds."""
         async for number in self._vitals.steps(self._steps(), owner):
             yield number
@@ -46,19 +46,19 @@ class Worker:
         return self.made
 
 
-class Owner:
+class Caller:
     """Asks for the work and waits for it."""
 
     async def ask(self, worker: Any) -> None:
         """Returns when all is done."""
-        me = ray.get_runtime_context().current_actor
-        async for _ in worker.run.options(num_returns="streaming").remote(me):
+        async for _ in worker.run.options(num_returns="streaming").remote(this_actor()):
             pass
 
 
 def main() -> dict[str, Any]:
     """What came of it."""
-    worker, owner = ray.remote(Worker).options(num_cpus=0).remote(), ray.remote(Owner).options(num_cpus=0).remote()
+    worker = ray.remote(Worker).options(num_cpus=0).remote()
+    owner = ray.remote(Caller).options(num_cpus=0).remote()
     owner.ask.remote(worker)
     while ray.get(worker.count.remote()) < 150:  # longer than the owner is trusted unasked
         time.sleep(0.05)

@@ -46,9 +46,9 @@ async def works(stages: LocalStages, settings: Any) -> tuple[BaseWork, RefineWor
     """A video with a given first frame, and its refinement."""
     made = plan(request(steps=60, seed=3), facts(settings), settings, 3)
     text, negative = await stages.encode([PROMPT, "blurry"])
-    conditions = await stages.conditions(made.base_shape, {0: np.full((64, 64, 3), 200, np.uint8)})
+    (conditions,) = await stages.conditions([made.base_shape], {0: np.full((64, 64, 3), 200, np.uint8)})
     latents = np.random.default_rng(0).standard_normal((16, *made.shape.latent)).astype(np.float32)
-    larger = await stages.conditions(made.shape, {})
+    (larger,) = await stages.conditions([made.shape], {})
     return BaseWork(made, text, negative, conditions), RefineWork(made, text, latents, larger)
 
 

@@ -97,7 +97,7 @@ async def _asked(name: str, settings: Settings, spoiled: Any, patch: pytest.Monk
         pictures = AutoencoderDeployment(base, settings.cascade, ONE_THREAD)
         patch.setattr(pictures._pictures, name, spoiled)
         if name == "conditions":
-            await pictures.conditions(VideoShape(1, 64, 64), {0: np.zeros((64, 64, 3), np.uint8)})
+            await pictures.conditions([VideoShape(1, 64, 64)], {0: np.zeros((64, 64, 3), np.uint8)})
         else:
             _ = [item async for item in getattr(pictures, name)(None)]
 
