@@ -15,6 +15,7 @@ export function createHistory(actions) {
   const unended = new Map(); // id -> state, of all that wait or run, shown or not
   let chosen = null;
   let older = false;
+  let last = null; // id of the oldest row of the pages read so far; rows that another filter brought may lie behind it
 
   const seen = new IntersectionObserver((entries) => {
     for (const { isIntersecting, target } of entries) {
@@ -140,21 +141,20 @@ export function createHistory(actions) {
       const { data, has_more: more } = await page(null);
       const state = byId("filter").value;
       const ids = new Set(data.map((job) => job.id));
-      const last = more ? data.at(-1).created_at : -Infinity;
+      const reaches = more ? data.at(-1).created_at : -Infinity;
       for (const job of [...jobs.values()]) {
-        if (!ids.has(job.id) && job.created_at > last && (!state || job.state === state) && job.id !== chosen) remove(job.id);
+        if (!ids.has(job.id) && job.created_at > reaches && (!state || job.state === state) && job.id !== chosen) remove(job.id);
       }
       if (jobs.size <= PAGE) older = more;
+      if (jobs.size <= PAGE || last === null) last = data.at(-1)?.id ?? null;
       data.forEach(update);
       await recount();
       place();
     },
     async more() {
-      const state = byId("filter").value;
-      const rows = [...jobs.values()].filter((job) => !state || job.state === state);
-      rows.sort((a, b) => a.created_at - b.created_at || (a.id < b.id ? -1 : 1));
-      const { data, has_more: further } = await page(rows[0]?.id);
+      const { data, has_more: further } = await page(last);
       older = further;
+      last = data.at(-1)?.id ?? last;
       data.forEach(update);
       place();
     },
@@ -164,6 +164,7 @@ export function createHistory(actions) {
       place();
       const { data, has_more: further } = await page(null);
       older = further;
+      last = data.at(-1)?.id ?? null;
       data.forEach(update);
       await recount();
       place();
@@ -171,6 +172,7 @@ export function createHistory(actions) {
     clear() {
       [...jobs.keys()].forEach(remove);
       unended.clear();
+      last = null;
       place();
     },
   };

@@ -394,6 +394,39 @@ def test_the_queue_is_counted_under_a_filter_too(visit: Visit, server: Running) 
     visit.leave()
 
 
+def test_older_jobs_are_all_reached_after_a_filter_has_brought_some_of_them(visit: Visit, server: Running) -> None:
+    page, store = visit.page, server.service.store
+
+    def made(prompt: str) -> str:
+        while (
+            answer := httpx2.post(f"{server.url}/generate", json={"prompt": prompt, "steps": 1, "seconds": 1})
+        ).status_code == 429:
+            time.sleep(0.02)
+        job_id: str = answer.json()["id"]
+        while not store.get(job_id).ended:
+            time.sleep(0.01)
+        return job_id
+
+    ids = [made("fail, long ago"), *(made(f"number {number}") for number in range(30))]
+    page.reload()
+    page.wait_for_selector(f".card[data-job={ids[-1]}]")
+    page.select_option("#filter", "failed")
+    page.wait_for_selector(f".card[data-job={ids[0]}]")
+    with page.expect_response(lambda response: "/jobs?limit=12" in response.url):
+        page.select_option("#filter", "")
+    further = True
+    while further:
+        page.wait_for_selector("#more", state="visible")
+        with page.expect_response(lambda response: "/jobs?limit=12" in response.url and "after=" in response.url) as answer:
+            page.click("#more")
+        further = answer.value.json()["has_more"]
+        page.wait_for_selector(f".card[data-job={answer.value.json()['data'][-1]['id']}]")
+    page.wait_for_selector("#more", state="hidden")
+    shown = page.locator(".card").evaluate_all("cards => cards.map((card) => card.dataset.job)")
+    assert set(ids) <= set(shown) and [job_id for job_id in shown if job_id in ids] == ids[::-1]
+    visit.leave()
+
+
 def _png() -> bytes:
     data = io.BytesIO()
     Image.new("RGB", (160, 96), (200, 40, 40)).save(data, "PNG")
