@@ -389,8 +389,10 @@ def test_the_queue_is_counted_under_a_filter_too(visit: Visit, server: Running) 
     page.select_option("#filter", "")
     page.wait_for_selector(f".card[data-job={running}]")
     page.select_option("#filter", "failed")
+    assert page.inner_text("#queue-line") == "1 running", "its row is not shown"
     store.cancel(running)
     page.wait_for_function("() => document.getElementById('queue-line').textContent === ''")
+    assert page.locator(f".card[data-job={running}]").count() == 0 and store.get(running).state == "cancelled"
     visit.leave()
 
 
