@@ -18,6 +18,7 @@ from sqlalchemy import Connection, and_, case, func, insert, literal, or_, selec
 
 from serving.histograms import Measures
 from serving.jobs import STATES, IdempotencyConflict, Job, QueueFull, State
+from serving.places import left_by
 from serving.store_events import Events
 from serving.tables import FINISHED, JOBS, MADE, META, QUEUE_ORDER, QUEUED, RUNNING, new_row, to_job
 from serving.transitions import AGAIN, change, end, locked, locked_attempt, readable, well_formed
@@ -251,11 +252,11 @@ class JobStore(Upkeep, Events, Measures):
         owner: str | None = None,
         *,
         limit: int = 20,
-        after: str | tuple[float, str] | None = None,
+        after: str | None = None,
         order: Literal["desc", "asc"] = "desc",
         states: tuple[State, ...] | None = None,
     ) -> Jobs:
-        """Jobs by the time they came, newest first; `after`: those that follow this job, or (time, id) of one, in that order.
+        """Jobs by the time they came, newest first; `after`: those that follow this job, or one deleted lately, in that order.
 
         Raises `UserError` where `after` is no job (of this owner): a page that is silently the first would repeat for ever.
         """
@@ -265,18 +266,14 @@ class JobStore(Upkeep, Events, Measures):
         when, which = JOBS.c.created_at, JOBS.c.id
         query = query.order_by(when.desc(), which.desc()) if order == "desc" else query.order_by(when, which)
         with self.read() as connection:
-            if isinstance(after, str):
-                mark = select(when).where(which == after)
-                at = (
-                    connection.scalar(mark if owner is None else mark.where(JOBS.c.owner == owner))
-                    if well_formed(after)
-                    else None
-                )
+            if after is not None:
+                at = None
+                if well_formed(after):
+                    mark = select(when).where(which == after)
+                    at = connection.scalar(mark if owner is None else mark.where(JOBS.c.owner == owner))
+                    at = left_by(connection, after, owner) if at is None else at
                 if at is None:
                     raise UserError(f"after: there is no job {after!r} to go on from; leave it out to begin with the first page")
-                after = at, after
-            if after is not None:
-                at, after = after
                 beyond = (when < at, which < after) if order == "desc" else (when > at, which > after)
                 query = query.where(or_(beyond[0], and_(when == at, beyond[1])))
             return [to_job(row) for row in connection.execute(query.limit(limit)).mappings()]

@@ -10,6 +10,7 @@ from sqlalchemy import delete, select, update
 
 from serving.database import Database
 from serving.jobs import Job
+from serving.places import leave
 from serving.tables import EVENTS, EXPIRING, JOBS, PENDING, QUEUED, RUNNING
 from serving.transitions import AGAIN, change, end, locked, locked_where, well_formed
 
@@ -69,6 +70,7 @@ class Upkeep(Database):
                 update(EVENTS).where(EVENTS.c.job_id == job_id, PENDING).values(state="failed", note="the job was deleted first")
             )
             connection.execute(delete(JOBS).where(JOBS.c.id == job_id))
+            leave(connection, job, self.clock())
         return True
 
     def forget(self, before: float) -> list[str]:

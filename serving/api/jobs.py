@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
@@ -11,7 +10,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from serving.api.access import CallerOf, JobId, ServiceOf, cancel_job, find_job, in_thread, view, views
-from serving.api.cursors import place, remember
 from serving.api.errors import GUARDED, ApiError, documented
 from serving.api.files import open_result, respond
 from serving.api.service import Service
@@ -91,15 +89,11 @@ async def page(
     states: tuple[State, ...] | None = None,
 ) -> tuple[list[Job], bool]:
     """(jobs, whether there are more); raises `ApiError` 400 where `after` is none of this owner's, nor was one lately."""
-    following = partial(in_thread, service.store.list, owner, limit=limit + 1, order=order, states=states)
     try:
-        jobs = await following(after=after)
+        jobs = await in_thread(service.store.list, owner, limit=limit + 1, after=after, order=order, states=states)
     except UserError:
-        gone = await in_thread(place, service.store, owner, after)
-        if gone is None:
-            message = "There is no job 'after' to go on from: leave it out to begin with the first page."
-            raise ApiError(400, "invalid_after", message, param="after") from None
-        jobs = await following(after=gone)
+        message = "There is no job 'after' to go on from: leave it out to begin with the first page."
+        raise ApiError(400, "invalid_after", message, param="after") from None
     return jobs[:limit], len(jobs) > limit
 
 
@@ -152,7 +146,6 @@ async def delete_job(job_id: JobId, caller: CallerOf, service: ServiceOf) -> Res
 def remove(service: Service, job: Job) -> None:
     """Delete an ended job: files first, so that whoever breaks off here can ask again."""
     shutil.rmtree(service.folder / "jobs" / job.id, ignore_errors=True)
-    remember(service.store, job)
     service.store.delete(job.id)
 
 

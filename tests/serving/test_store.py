@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from serving import places
 from serving.jobs import STATES, IdempotencyConflict, Job, QueueFull
 from serving.store import JobStore
 from tests.serving.jobs_to_test import begin, finish, now_is, submit
@@ -252,10 +253,18 @@ def test_a_page_begins_behind_a_place_whose_job_is_gone(store: JobStore, clock: 
     gone = jobs[2]
     store.cancel(gone.id)
     store.delete(gone.id)
+    for owner in (None, gone.owner):
+        assert store.list(owner, after=gone.id, order="asc") == jobs[3:]
+        assert store.list(owner, after=gone.id) == jobs[1::-1]
+    with pytest.raises(UserError, match="no job"):
+        store.list("another", after=gone.id)
+    clock.advance(places.KEEP_S + 1)
+    store.cancel(jobs[0].id)
+    store.delete(jobs[0].id)
     with pytest.raises(UserError, match="no job"):
         store.list(after=gone.id)
-    assert store.list(after=(gone.created_at, gone.id), order="asc") == jobs[3:]
-    assert store.list(after=(gone.created_at, gone.id)) == jobs[1::-1]
+    assert store.list(after=jobs[0].id, order="asc") == [jobs[1], *jobs[3:]]
+    assert store.identity and store.counts()["queued"] == 3, "what else stands beside them stays"
 
 
 def test_the_last_completed_jobs_calibrate(store: JobStore, clock: Any) -> None:

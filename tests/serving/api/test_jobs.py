@@ -13,12 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.api import cursors
 from serving.api.errors import ApiError
 from serving.api.files import parse_range
-from serving.store import JobStore
 from tests.serving.api.conftest import Client, Start, wait_for, written
-from tests.serving.jobs_to_test import submit
 
 
 def _made(client: Client, **more: Any) -> dict[str, Any]:
@@ -69,18 +66,6 @@ def test_lists_go_on_behind_a_job_that_is_deleted_meanwhile(start: Start, order:
             assert client.delete(f"/jobs/{job_id}").status_code == 204
     assert seen == [expected[:2], expected[2:4], expected[4:]]
     assert written(client.service) == (0, [])
-
-
-def test_places_of_deleted_jobs_are_kept_for_a_day_and_for_their_owner(store: JobStore, clock: Any) -> None:
-    first, second = submit(store, "ann"), submit(store, "ann")
-    cursors.remember(store, first)
-    assert cursors.place(store, "ann", first.id) == (first.created_at, first.id)
-    assert [cursors.place(store, *asked) for asked in (("bob", first.id), ("ann", second.id), ("ann", "job_\0"))] == [None] * 3
-    cursors.remember(store, first)  # twice is no error: two may delete it at once
-    clock.advance(cursors.KEEP_S + 1)
-    cursors.remember(store, second)
-    assert cursors.place(store, "ann", first.id) is None and cursors.place(store, "ann", second.id) is not None
-    assert store.identity and store.counts()["queued"] == 2, "what else stands beside them stays"
 
 
 def test_the_place_in_the_queue_counts_down(start: Start) -> None:
